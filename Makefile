@@ -1,0 +1,41 @@
+# Everything happens in .venv, made on first use. Needed: Python >= 3.10, a C++ compiler and make.
+PYTHON ?= python3
+# The torch to install; TORCH="torch==2.11.0" (or a wheel's path) overrides it.
+TORCH ?= torch==2.13.0
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help demo test lint bench wheel clean
+help:
+	@echo "make demo   train a small transformer three times and read the gauges"
+	@echo "make test   lint, type check and all tests"
+	@echo "make bench  AdamW with and without gauges against torch's, table into README"
+	@echo "make wheel  one wheel for every Python and torch, into dist/"
+	@echo "make clean  remove .venv and what was built"
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet "$(TORCH)" numpy
+	@touch $@
+
+# Editable: edits to Python files take effect at once, and only a change of the C++ sources builds again.
+.venv/built: .venv/torch $(SOURCES)
+	$(PIP) install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: .venv/built
+	.venv/bin/grgauge demo
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/built
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+wheel:
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,114 @@
+"""Regenerate README's benchmark tables from the newest rows of bench/results.
+
+    python bench/tables.py            write them between <!-- bench:adamw --> and <!-- /bench:adamw -->
+    python bench/tables.py --check    exit 1 if they are not what the rows say
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- bench:adamw -->", "<!-- /bench:adamw -->"
+
+LAYOUTS = {"flat": "300, flat buffer", "1": "1", "300": "300"}
+HEAD = (
+    "| parameters | tensors | torch fused, ms | plain | gauged | by hand | of copy roof | of in-place roof |",
+    "|---:|:---|---:|---:|---:|---:|---:|---:|",
+)
+LEGEND = (
+    "One step of torch's fused AdamW in ms; of `grgauge.AdamW` without (plain) and with a gauge (gauged), and of "
+    "torch's fused AdamW with norms and EMA by foreach ops (by hand), as a ratio to it. Medians of alternating turns, "
+    "20 to 80 % quantiles in ms in parentheses. The last columns are the gauged step's memory traffic, 28 bytes a "
+    "parameter, as a share of a plain copy's and of in-place arithmetic's."
+)
+
+Row = dict[str, str]
+
+
+def newest(rows: list[Row]) -> dict[str, list[Row]]:
+    """Device -> its rows of the latest date, and of the commit that was measured last on that date."""
+    runs: dict[str, list[Row]] = {}
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == device]
+        date = max(row["date"] for row in own)
+        commit = [row["commit"] for row in own if row["date"] == date][-1]
+        runs[device] = [row for row in own if (row["date"], row["commit"]) == (date, commit)]
+    return runs
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The lines of one device's table; of several measurements of one configuration the last counts.
+
+    Raises ValueError if a variant is missing.
+    """
+    configurations: dict[tuple[int, str], dict[str, Row]] = {}
+    for row in rows:
+        configurations.setdefault((int(row["numel"]), row["tensors"]), {})[row["variant"]] = row
+    first = rows[0]
+    lines = [f"{first['device']}, torch {first['torch']}, {first['dtype']}, {first['commit']}, {first['date']}:", ""]
+    lines += HEAD
+    order = list(LAYOUTS)
+    for numel, layout in sorted(configurations, key=lambda key: (key[0], order.index(key[1]))):
+        by_variant = configurations[numel, layout]
+        missing = {"torch", "plain", "gauged", "by_hand", "roof", "roof_rmw"} - set(by_variant)
+        if missing:
+            raise ValueError(f"{first['device']}, {numel} parameters, {layout}: no row for {', '.join(sorted(missing))}")
+        cells = [f"{numel / 1e6:g} M", LAYOUTS[layout]]
+        for variant in ("torch", "plain", "gauged", "by_hand"):
+            row = by_variant[variant]
+            figure = digits(row["q50_ms"]) if variant == "torch" else f"{float(row['ratio_to_torch_fused']):.2f}"
+            cells.append(f"{figure} ({digits(row['q20_ms'])} to {digits(row['q80_ms'])})")
+        gauged = by_variant["gauged"]
+        for roof in (gauged["roof_gbps"], by_variant["roof_rmw"]["gbps"]):
+            cells.append(f"{float(gauged['gbps']) / float(roof):.0%}".replace("%", " %"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def digits(value: str) -> str:
+    """Three significant digits, never in scientific notation."""
+    number = float(value)
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
+
+
+def render(readme: str, rows: list[Row]) -> str:
+    """README with its tables replaced. Raises ValueError if the markers are not there, once each and in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"it must hold the lines {BEGIN} and {END} once each, in this order")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    blocks = [LEGEND, *("\n".join(table(own)) for own in newest(rows).values())]
+    return before + "\n\n".join([BEGIN, *blocks, END]) + after
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README is stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--csv", type=Path, default=ROOT / "bench" / "results" / "adamw.csv")
+    options = parser.parse_args()
+    try:
+        with options.csv.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        readme = options.readme.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        parser.exit(2, f"{error.filename} does not exist\n")
+    try:
+        fresh = render(readme, rows)
+    except ValueError as error:
+        parser.exit(2, f"cannot make {options.readme} from {options.csv}: {error}\n")
+    if fresh == readme:
+        return 0
+    if options.check:
+        print(f"{options.readme} is stale; run python {Path(__file__).name} to renew its tables", file=sys.stderr)
+        return 1
+    options.readme.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

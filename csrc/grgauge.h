@@ -1,0 +1,74 @@
+/* The C ABI of the kernels: plain pointers and sizes, no Python, no torch. Every entry point returns an error code. */
+#ifndef GRGAUGE_H
+#define GRGAUGE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define GRGAUGE_API __declspec(dllexport)
+#else
+#define GRGAUGE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Grows whenever grgauge_pass changes, so that a binding never fills another library's struct. */
+#define GRGAUGE_ABI 1
+
+enum { GRGAUGE_OK = 0, GRGAUGE_BAD_DTYPE = 1, GRGAUGE_OUT_OF_MEMORY = 2 };
+enum { GRGAUGE_F32 = 0, GRGAUGE_BF16 = 1, GRGAUGE_F16 = 2 };
+enum { GRGAUGE_SUMS = 6 }; /* sum g^2, sum m^2, sum |g|, sum delta^2, sum |delta|, count of non-finite g */
+
+/* One chunk: a contiguous run inside one segment. */
+typedef struct {
+  int64_t segment;
+  int64_t offset; /* in elements, from the segment's first element or from the flat buffer's */
+  int64_t length;
+  int64_t state;  /* elements visited before it: where its part of ema and previous begins */
+} grgauge_row;
+
+/* One pass over the chunks of a plan. A null pointer switches the thing it points to off. */
+typedef struct {
+  const grgauge_row* rows; /* ordered by segment */
+  int64_t chunks;
+  int64_t segments;
+  double* stats; /* out: [segments, GRGAUGE_SUMS] */
+
+  /* One address a segment, or with `flat` one address in all. */
+  void* const* grads;
+  int32_t flat;
+  int32_t grad_dtype;
+
+  float* ema;      /* [visited elements] m <- beta m + (1 - beta) g */
+  float* previous; /* [visited elements] delta = g - previous; previous <- g */
+  double beta;
+  const float* inv_scale; /* g = grad * inv_scale */
+
+  /* AdamW, if params is given. Addresses as for grads. */
+  void* const* params;
+  void* const* exp_avgs;    /* float */
+  void* const* exp_avg_sqs; /* float */
+  int32_t param_dtype;
+  int32_t step_per_segment; /* 0: steps has one element, 1: one a segment */
+  const float* steps;       /* number of this update, from 1 */
+  double lr, beta1, beta2, eps, weight_decay;
+  const float* found_inf; /* not 0: nothing is changed, stats are NaN */
+  const float* clip;      /* the update takes g * clip, the sums see g */
+  int32_t zero_grad;
+  int32_t maximize;
+} grgauge_pass;
+
+GRGAUGE_API int grgauge_abi(void);
+GRGAUGE_API const char* grgauge_error(int code);
+
+/* Same bits for every `threads`. */
+GRGAUGE_API int grgauge_cpu_pass(const grgauge_pass* pass, int threads);
+/* The instruction set in use ("avx512", "avx2" or "portable"); choosing a name first switches to it if it can run. */
+GRGAUGE_API const char* grgauge_cpu_isa(const char* choose);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,553 @@
+"""The GPU kernels, in Triton: one launch for the whole plan, then one or two tiny ones that add up the sums.
+
+Compiled for CUDA and ROCm devices; with TRITON_INTERPRET=1 in the environment the same code runs on CPU tensors.
+Both ops can be captured in a CUDA graph after one warm-up call outside the capture with the same tensors: the first
+call compiles the kernels and, if tensors are loose, uploads their addresses.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import LARGEST
+
+try:
+    import triton
+    import triton.language as tl
+
+    _broken: str | None = None
+except ModuleNotFoundError:
+    triton = None
+    _broken = "triton is not installed: pip install triton"
+except Exception as error:  # a broken installation raises anything; the other backends must still work
+    triton = None
+    _broken = f"triton cannot be imported ({error}): reinstall it with pip install --force-reinstall triton"
+
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+"""Triton decides when a kernel is defined: what happens to the environment after this import does not count."""
+
+THREADS = 128
+"""Threads a program. A program is one chunk, so several of them share a multiprocessor and hide each other's loads."""
+
+TILE = 256
+"""Rows of sums that are added at once."""
+
+TILED = 4096
+"""Above this many rows whole tiles are added up in a launch of their own, lest one segment do it all in sequence."""
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """None if the kernels run on `device` (on any device here, if None), else why they do not and what to do."""
+    if _broken is not None:
+        return _broken
+    if _INTERPRETED:
+        if device is None or device.type == "cpu":
+            return None
+        return "TRITON_INTERPRET is set, and Triton's interpreter runs on CPU tensors only: unset it"
+    if device is not None and device.type == "cpu":
+        return "runs on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device is not None and device.type != "cuda":
+        return f"runs on CUDA and ROCm devices, not on {device.type}"
+    return _gpu_unavailable(device)
+
+
+@functools.lru_cache
+def _gpu_unavailable(device: torch.device | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, this device has {capability[0]}.{capability[1]}: use another backend"
+    return None
+
+
+def measure_(
+    grads: list[Tensor],
+    rows: Tensor,
+    segments: int,
+    ema: Tensor | None,
+    previous: Tensor | None,
+    beta: float,
+    inv_scale: Tensor | None,
+) -> Tensor:
+    return _launch([grads], rows, segments, ema, previous, beta, inv_scale)
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    rows: Tensor,
+    segments: int,
+    step: Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema: Tensor | None,
+    previous: Tensor | None,
+    beta: float,
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
+    zero_grad: bool,
+    maximize: bool,
+    sums: bool,
+) -> Tensor:
+    return _launch(
+        [grads, params, exp_avgs, exp_avg_sqs],
+        rows,
+        segments,
+        ema,
+        previous,
+        beta,
+        inv_scale,
+        found_inf=found_inf,
+        clip=clip,
+        step=step.contiguous(),
+        lr_tensor=lr_tensor,
+        lr=lr,
+        weight_decay=weight_decay,
+        log_beta1=math.log(beta1) if beta1 else -math.inf,
+        log_beta2=math.log(beta2) if beta2 else -math.inf,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        eps=eps,
+        zero_grad=zero_grad,
+        maximize=maximize,
+        sums=sums,
+    )
+
+
+def _launch(
+    streams: list[list[Tensor]],
+    rows: Tensor,
+    segments: int,
+    ema: Tensor | None,
+    previous: Tensor | None,
+    beta: float,
+    inv_scale: Tensor | None,
+    *,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    step: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
+    log_beta1: float = 0.0,
+    log_beta2: float = 0.0,
+    one_minus_beta1: float = 0.0,
+    beta2: float = 0.0,
+    one_minus_beta2: float = 0.0,
+    eps: float = 0.0,
+    zero_grad: bool = False,
+    maximize: bool = False,
+    sums: bool = True,
+) -> Tensor:
+    chunks = rows.shape[0]
+    stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
+    partials = rows.new_empty((chunks, 8), dtype=torch.float32) if sums else None
+    with torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext():
+        options = _options(rows.device)
+        if chunks:
+            # A tensor of each list also tells the kernel the dtype, which an address does not.
+            bases: list[Tensor | None] = [tensors[0] for tensors in streams]
+            grad_size = streams[0][0].element_size()
+            reads_only = len(streams) == 1 and ema is None and previous is None
+            visit_kernel[(chunks,)](
+                rows,
+                partials,
+                _table(streams, rows.device) if len(streams[0]) > 1 else None,
+                *(bases + [None] * (4 - len(bases))),
+                ema,
+                previous,
+                inv_scale,
+                found_inf,
+                clip,
+                step,
+                lr_tensor,
+                lr,
+                weight_decay,
+                log_beta1,
+                log_beta2,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                eps,
+                beta,
+                1 - beta,
+                STEP_PER_SEGMENT=step is not None and step.numel() > 1,
+                ZERO_GRAD=zero_grad,
+                MAXIMIZE=maximize,
+                LARGEST=LARGEST,
+                LANES=THREADS,
+                # 16 bytes a thread of the widest dtype that is in play. Two-byte gradients beside float32 states stay
+                # at 4 elements, 256 contiguous bytes a warp: with 8, Triton sends every float32 store through shared
+                # memory, and sm_90 needs 64 to 102 registers where it needs 40.
+                BLOCK=THREADS * (16 // grad_size if reads_only else 4),
+                **options,
+            )
+        if stats.numel():
+            tiles = None
+            if chunks > TILED:
+                tiles = rows.new_empty((chunks // TILE, 8), dtype=torch.float64)
+                tile_kernel[(chunks // TILE,)](partials, tiles, TILE=TILE, **options)
+            reduce_kernel[(segments,)](rows, partials, tiles, found_inf, stats, chunks, TILE=TILE, **options)
+    return stats
+
+
+@functools.lru_cache
+def _options(device: torch.device) -> dict[str, Any]:
+    """Launch options: as many warps as make THREADS on this device, and a * b + c in one instruction."""
+    if _INTERPRETED:
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    return {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": True}
+
+
+_captured: set[Tensor] = set()
+"""Address tables that a CUDA graph reads whenever it is replayed: kept for as long as the process lives."""
+
+
+def _table(streams: list[list[Tensor]], device: torch.device) -> Tensor:
+    """Addresses of loose tensors, int64 [segments, streams] on the device; uploaded only if one has changed."""
+    addresses = tuple(t.data_ptr() for segment in zip(*streams, strict=True) for t in segment)
+    table, uploaded = _upload(addresses, device)
+    if uploaded is None:
+        return table
+    stream = torch.cuda.current_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.add(table)
+    else:
+        stream.wait_event(uploaded)
+        table.record_stream(stream)
+    return table
+
+
+@functools.lru_cache(maxsize=64)
+def _upload(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The address table, and the event after which it is there; None where there is nothing to wait for."""
+    table = torch.tensor(addresses, dtype=torch.int64)
+    if device.type == "cpu":
+        return table, None
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the addresses of these tensors are not on the device yet: call once with the same tensors before the "
+            "CUDA graph is captured, or use a flat plan"
+        )
+    table = table.pin_memory().to(device, non_blocking=True)
+    uploaded = torch.cuda.Event()
+    uploaded.record(torch.cuda.current_stream(device))
+    return table, uploaded
+
+
+def _jit(**options: Any) -> Any:
+    """triton.jit, or nothing at all where triton is missing."""
+    return (lambda function: function) if triton is None else triton.jit(**options)
+
+
+# Singular: Triton's launcher has a variable of its own called `params`, which an argument of that name would lose to.
+_POINTERS = [
+    "rows", "partials", "table", "grad", "param", "exp_avg", "exp_avg_sq", "ema", "previous",
+    "inv_scale", "found_inf", "clip", "step", "lr_tensor",
+]  # fmt: skip
+
+
+# Alignment is looked up chunk by chunk, so a kernel compiled for every alignment of its arguments would gain nothing.
+@_jit(do_not_specialize_on_alignment=_POINTERS)
+def visit_kernel(
+    rows,
+    partials,
+    table,
+    grad,
+    param,
+    exp_avg,
+    exp_avg_sq,
+    ema,
+    previous,
+    inv_scale,
+    found_inf,
+    clip,
+    step,
+    lr_tensor,
+    lr: tl.float64,
+    weight_decay: tl.float64,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    one_minus_beta1: tl.float32,
+    beta2: tl.float32,
+    one_minus_beta2: tl.float32,
+    eps: tl.float32,
+    beta: tl.float32,
+    one_minus_beta: tl.float32,
+    STEP_PER_SEGMENT: tl.constexpr,
+    ZERO_GRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Visit one chunk: blocks of BLOCK elements if everything in it is aligned, then LANES elements at a time.
+
+    rows     [chunks, 4] as in Plan
+    partials float32 [chunks, 8], the six sums of the chunk and two zeros; None: no sums
+    table    addresses [segments, streams] of loose tensors; None: offsets count from grad, param, ...
+    param   None: measure only
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    segment = tl.load(rows + 4 * chunk)
+    offset = tl.load(rows + 4 * chunk + 1)
+    length = tl.load(rows + 4 * chunk + 2).to(tl.int32)
+    state = tl.load(rows + 4 * chunk + 3)
+    if found_inf is not None:
+        length = tl.where(tl.load(found_inf) != 0, 0, length)
+    if inv_scale is not None:
+        inv_scale = tl.load(inv_scale)
+    if clip is not None:
+        clip = tl.load(clip)
+
+    STREAMS: tl.constexpr = 1 if param is None else 4
+    grad = _element(grad, table, segment * STREAMS, offset)
+    addresses = grad.to(tl.int64)
+    decay = None
+    rate = None
+    root = None
+    if param is not None:
+        param = _element(param, table, segment * STREAMS + 1, offset)
+        exp_avg = _element(exp_avg, table, segment * STREAMS + 2, offset)
+        exp_avg_sq = _element(exp_avg_sq, table, segment * STREAMS + 3, offset)
+        addresses |= param.to(tl.int64) | exp_avg.to(tl.int64) | exp_avg_sq.to(tl.int64)
+        # float64: 1 - 0.999 is off by 5e-5 in float32.
+        t = tl.load(step + segment if STEP_PER_SEGMENT else step).to(tl.float64)
+        if lr_tensor is not None:
+            lr = tl.load(lr_tensor).to(tl.float64)
+        decay = tl.cast(1 - lr * weight_decay, tl.float32)
+        rate = (lr / (1 - tl.exp(t * log_beta1))).to(tl.float32)
+        root = (1 / tl.sqrt(1 - tl.exp(t * log_beta2))).to(tl.float32)
+    if ema is not None:
+        ema = ema + state
+        addresses |= ema.to(tl.int64)
+    if previous is not None:
+        previous = previous + state
+        addresses |= previous.to(tl.int64)
+
+    # One accumulator a thread and sum, carried from block to block: the tree over threads is walked once a chunk.
+    zero = tl.zeros((LANES,), tl.float32)
+    whole = tl.where(addresses % 16 == 0, length - length % BLOCK, 0)
+    grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite = _visit(
+        0, whole, zero, zero, zero, zero, zero, zero,
+        grad, param, exp_avg, exp_avg_sq, ema, previous, inv_scale, clip, decay, rate, root,
+        one_minus_beta1, beta2, one_minus_beta2, eps, beta, one_minus_beta,
+        ZERO_GRAD, MAXIMIZE, LARGEST, partials is not None, LANES, BLOCK, True,
+    )  # fmt: skip
+    grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite = _visit(
+        whole, length, grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite,
+        grad, param, exp_avg, exp_avg_sq, ema, previous, inv_scale, clip, decay, rate, root,
+        one_minus_beta1, beta2, one_minus_beta2, eps, beta, one_minus_beta,
+        ZERO_GRAD, MAXIMIZE, LARGEST, partials is not None, LANES, LANES, False,
+    )  # fmt: skip
+    if partials is not None:
+        # Each join adds an axis of two behind the others, so the first one divides columns 0-3 from 4-7.
+        even = tl.join(tl.join(grad_sq, delta_abs), tl.join(grad_abs, zero))
+        odd = tl.join(tl.join(ema_sq, nonfinite), tl.join(delta_sq, zero))
+        sums = tl.reshape(tl.sum(tl.join(even, odd), axis=0), (8,))
+        tl.store(partials + 8 * chunk + tl.arange(0, 8), sums)
+
+
+@_jit()
+def _visit(
+    begin,
+    end,
+    grad_sq,
+    ema_sq,
+    grad_abs,
+    delta_sq,
+    delta_abs,
+    nonfinite,
+    grad,
+    param,
+    exp_avg,
+    exp_avg_sq,
+    ema,
+    previous,
+    inv_scale,
+    clip,
+    decay,
+    rate,
+    root,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    beta,
+    one_minus_beta,
+    ZERO_GRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SUMS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The formula, over elements [begin, end) of a chunk; returns the accumulators.
+
+    Aligned: unmasked 16-byte accesses, and end - begin is a multiple of BLOCK. Else masked, element by element.
+
+    A sum is added as soon as its element is known, and a state is stored before the next one is loaded: registers.
+    """
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = None if ALIGNED else i < end
+
+        grad_at = _at(grad, i, ALIGNED)
+        g = _load(grad_at, mask)
+        if inv_scale is not None:
+            g = g * inv_scale
+        finite = tl.abs(g) <= LARGEST
+        if SUMS:
+            counted = tl.where(finite, g, 0.0)
+            grad_sq += _lanes(counted * counted, LANES)
+            grad_abs += _lanes(tl.abs(counted), LANES)
+            nonfinite += _lanes(tl.where(finite, 0.0, 1.0), LANES)
+
+        if ema is not None:
+            ema_at = _at(ema, i, ALIGNED)
+            m = _load(ema_at, mask)
+            m = tl.where(finite, beta * m + one_minus_beta * g, m)
+            tl.store(ema_at, m, mask=mask)
+            if SUMS:
+                ema_sq += _lanes(_square(m, LARGEST), LANES)
+
+        if previous is not None:
+            previous_at = _at(previous, i, ALIGNED)
+            before = _load(previous_at, mask)
+            delta = tl.where(finite, g - before, 0.0)
+            tl.store(previous_at, tl.where(finite, g, before), mask=mask)
+            if SUMS:
+                delta_sq += _lanes(delta * delta, LANES)
+                delta_abs += _lanes(tl.abs(delta), LANES)
+
+        if param is not None:
+            param_at = _at(param, i, ALIGNED)
+            exp_avg_at = _at(exp_avg, i, ALIGNED)
+            exp_avg_sq_at = _at(exp_avg_sq, i, ALIGNED)
+            p = _load(param_at, mask)
+            m = _load(exp_avg_at, mask)
+            v = _load(exp_avg_sq_at, mask)
+            update = -g if MAXIMIZE else g
+            if clip is not None:
+                update = update * clip
+            m = m + (update - m) * one_minus_beta1
+            v = v * beta2 + update * update * one_minus_beta2
+            # Square root and quotient are the fast ones, within 2 ulp: the exact ones cost 18 registers on sm_90.
+            p = p * decay - rate * m / (tl.sqrt(v) * root + eps)
+            tl.store(param_at, p, mask=mask)
+            tl.store(exp_avg_at, m, mask=mask)
+            tl.store(exp_avg_sq_at, v, mask=mask)
+            if ZERO_GRAD:
+                tl.store(grad_at, tl.zeros_like(g), mask=mask)
+            if SUMS and ema is None:
+                ema_sq += _lanes(_square(m, LARGEST), LANES)
+    return grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite
+
+
+@_jit()
+def _element(base, table, place, offset):
+    """Pointer to the element `offset` of the tensor whose address stands at `place`, or of the flat `base`."""
+    address = base.to(tl.int64) if table is None else tl.load(table + place)
+    return (address + offset * (base.dtype.element_ty.primitive_bitwidth // 8)).to(base.dtype)
+
+
+@_jit()
+def _at(pointer, i, ALIGNED: tl.constexpr):
+    """Pointers to a block; the hint belongs to this block alone, for elsewhere the same pointer may be misaligned."""
+    pointers = pointer + i
+    return tl.multiple_of(pointers, 16) if ALIGNED else pointers
+
+
+@_jit()
+def _load(pointers, mask):
+    # Zero adds nothing to any sum, so masked elements need no further care.
+    x = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@_jit()
+def _square(m, LARGEST: tl.constexpr):
+    m = tl.where(tl.abs(m) <= LARGEST, m, 0.0)
+    return m * m
+
+
+@_jit()
+def _lanes(x, LANES: tl.constexpr):
+    """Add the neighbours that one thread holds: [BLOCK] -> [LANES]."""
+    return tl.sum(tl.reshape(x, (LANES, x.shape[0] // LANES)), axis=1)
+
+
+@_jit()
+def tile_kernel(partials, tiles, TILE: tl.constexpr):
+    """Add up one tile of chunks, whatever segments they are of: float64 [chunks // TILE, 8]."""
+    tile = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, 8)
+    total = _add(tl.zeros((TILE, 8), tl.float64), partials, tile * TILE, tile * TILE + TILE, TILE)
+    tl.store(tiles + tile * 8 + column, tl.sum(total, axis=0))
+
+
+@_jit(do_not_specialize=["chunks"])
+def reduce_kernel(rows, partials, tiles, found_inf, stats, chunks, TILE: tl.constexpr):
+    """Add up the chunks of one segment, in an order that the plan alone decides; 0 for a segment without chunks.
+
+    tiles   what `tile_kernel` wrote; the tiles inside the segment are taken from it. None: chunk by chunk
+    """
+    segment = tl.program_id(0).to(tl.int64)
+    first = _first_chunk(rows, chunks, segment)
+    last = _first_chunk(rows, chunks, segment + 1)
+    total = tl.zeros((TILE, 8), tl.float64)
+    if tiles is not None:
+        inner_first = tl.minimum((first + TILE - 1) // TILE * TILE, last)
+        inner_last = tl.maximum(last // TILE * TILE, inner_first)
+        total = _add(total, partials, first, inner_first, TILE)
+        total = _add(total, tiles, inner_first // TILE, inner_last // TILE, TILE)
+        total = _add(total, partials, inner_last, last, TILE)
+    else:
+        total = _add(total, partials, first, last, TILE)
+    sums = tl.sum(total, axis=0)
+    if found_inf is not None:
+        sums = tl.where(tl.load(found_inf) != 0, float("nan"), sums)
+    column = tl.arange(0, 8)
+    tl.store(stats + segment * 6 + column, sums, mask=column < 6)
+
+
+@_jit()
+def _add(total, source, begin, end, TILE: tl.constexpr):
+    """Add rows [begin, end) of `source` [:, 8] to `total` [TILE, 8]."""
+    column = tl.arange(0, 8)[None, :]
+    for start in range(begin, end, TILE):
+        row = start + tl.arange(0, TILE)[:, None]
+        total += tl.load(source + row * 8 + column, mask=row < end, other=0.0).to(tl.float64)
+    return total
+
+
+@_jit()
+def _first_chunk(rows, chunks, segment):
+    """Number of chunks before `segment`, by bisection: rows are in order of their segments."""
+    low = tl.full((), 0, tl.int64)
+    high = tl.cast(chunks, tl.int64)
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(rows + 4 * middle) < segment
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low

@@ -1,0 +1,269 @@
+"""The two ops: schemas, fakes, input checks and the choice of backend.
+
+For each element of each chunk of a plan, in one pass:
+
+    g <- grad * inv_scale                     bf16, fp16 or fp32 in; fp32 arithmetic
+    if ema:       m <- beta m + (1 - beta) g
+    if previous:  delta <- g - previous; previous <- g
+    if adamw:     torch's AdamW update of (param, exp_avg, exp_avg_sq)
+    sums:         sum g^2, sum m^2, sum |g|, sum delta^2, sum |delta|, count of non-finite g
+
+A non-finite element (NaN, infinite or beyond +-1e16 after inv_scale) is counted and left out of sums, `ema` and
+`previous`; the AdamW update treats it as torch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backends import cpu, reference, triton
+from .bucket import DTYPES, Plan, require_dense
+
+STATS = ("grad_sq", "ema_sq", "grad_abs", "delta_sq", "delta_abs", "nonfinite")
+"""Names of the six columns of the stats tensor: sums of g^2, m^2, |g|, delta^2, |delta|, and the non-finite count."""
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+
+PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+"""Device type -> backends in order of preference; every other device runs the reference."""
+
+_library = torch.library.Library("grgauge", "DEF")
+_library.define(
+    "measure_(Tensor[] grads, Tensor rows, int segments, Tensor(a!)? ema, Tensor(b!)? previous, float beta, "
+    "Tensor? inv_scale, str? backend=None) -> Tensor"
+)
+_library.define(
+    "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor rows, "
+    "int segments, Tensor step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
+    "float weight_decay, Tensor(e!)? ema, Tensor(f!)? previous, float beta, Tensor? inv_scale, Tensor? found_inf, "
+    "Tensor? clip, bool zero_grad, bool maximize, bool sums, str? backend=None) -> Tensor"
+)
+
+
+def backends() -> dict[str, bool | str]:
+    """Name of each backend -> True if it runs here, else the reason why it does not."""
+    return {name: module.unavailable() or True for name, module in BACKENDS.items()}
+
+
+def _backend(name: str | None, device: torch.device) -> ModuleType:
+    if name is None:
+        for preferred in PREFERRED.get(device.type, ()):
+            if BACKENDS[preferred].unavailable(device) is None:
+                return BACKENDS[preferred]
+        return reference
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}, or None to choose by device")
+    reason = BACKENDS[name].unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+    return BACKENDS[name]
+
+
+def _measure(grads, rows, segments, ema, previous, beta, inv_scale, backend=None):  # type: ignore[no-untyped-def]
+    return _backend(backend, rows.device).measure_(grads, rows, segments, ema, previous, beta, inv_scale)
+
+
+def _adamw(*args, backend=None):  # type: ignore[no-untyped-def]
+    if len(args) == 23:
+        args, backend = args[:22], args[22]
+    return _backend(backend, args[4].device).adamw_(*args)
+
+
+_library.impl("measure_", _measure, "CompositeExplicitAutograd")
+_library.impl("adamw_", _adamw, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("grgauge::measure_", lib=_library)
+def _(grads, rows, segments, ema, previous, beta, inv_scale, backend=None):  # type: ignore[no-untyped-def]
+    return rows.new_empty((segments, len(STATS)), dtype=torch.float64)
+
+
+@torch.library.register_fake("grgauge::adamw_", lib=_library)
+def _(*args, backend=None):  # type: ignore[no-untyped-def]
+    rows, segments, sums = args[4], args[5], args[21]
+    return rows.new_empty((segments if sums else 0, len(STATS)), dtype=torch.float64)
+
+
+def measure_(
+    grads: Sequence[Tensor],
+    plan: Plan,
+    *,
+    ema: Tensor | None = None,
+    previous: Tensor | None = None,
+    beta: float = 0.9,
+    inv_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Read the gradients once; update `ema` and `previous`; return the six sums of each segment.
+
+    grads      one dense tensor a segment, or for a flat plan the one flat buffer; float32, bfloat16 or float16
+    plan       the chunks to visit, from `Bucket.plan`
+    ema        float32 [plan.numel], m <- beta m + (1 - beta) g, in place
+    previous   float32 [plan.numel], the gradient of the last call, replaced in place
+    beta       smoothing factor of `ema`, in (0, 1)
+    inv_scale  float32 [1] or [] on the device: g = grad * inv_scale
+    backend    a name from `backends()`, or None for the best one of the device
+
+    Returns float64 [segments, 6], the columns named by STATS, over the visited elements (see `Plan.scale`). Columns of
+    a state that was not given are 0.
+
+    Raises ValueError or TypeError naming the argument that is wrong, before anything is changed.
+    """
+    _check_streams(plan, grads=grads)
+    _check_states(plan, ema, previous, beta)
+    _check_scalar("inv_scale", inv_scale, plan)
+    return torch.ops.grgauge.measure_.default(grads, plan.rows, plan.segments, ema, previous, beta, inv_scale, backend)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    plan: Plan,
+    *,
+    step: Tensor | int,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema: Tensor | None = None,
+    previous: Tensor | None = None,
+    beta: float = 0.9,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    zero_grad: bool = False,
+    maximize: bool = False,
+    sums: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """torch's AdamW update of every visited element, and the sums of `measure_` in the same pass.
+
+    params, grads            float32, bfloat16 or float16; a dtype each. One tensor a segment, or one flat buffer
+    exp_avgs, exp_avg_sqs    float32, updated in place
+    step                     number of this update, from 1: an int, or float32 [] or [segments] on the device
+    lr                       a number, or a tensor of one element on the device
+    betas, eps, weight_decay as in torch.optim.AdamW
+    ema, previous, beta      as in `measure_`. Without `ema` the second sum is over exp_avg^2: with betas[0] = beta and
+                             no clipping, exp_avg is the gauge's own m
+    inv_scale                g = grad * inv_scale, seen by the sums and by the update
+    found_inf                one float32 element on the device; not 0: nothing is changed and the sums are NaN
+    clip                     one float32 element on the device: the update takes g * clip, the sums see g
+    zero_grad                write zeros to the gradient behind the update
+    maximize                 ascend instead of descend
+    sums                     False: no sums, returns an empty tensor
+
+    Returns float64 [segments, 6] as `measure_` does. Raises like `measure_`, before anything is changed.
+    """
+    _check_streams(plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    _check_states(plan, ema, previous, beta)
+    for name, value in (("inv_scale", inv_scale), ("found_inf", found_inf), ("clip", clip)):
+        _check_scalar(name, value, plan)
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    _check_scalar("lr", lr_tensor, plan, dtypes=(torch.float32, torch.float64))
+    beta1, beta2 = betas
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"betas is {betas}; both must lie in [0, 1)")
+    if not isinstance(step, Tensor):
+        step = torch.tensor(float(step), device=plan.rows.device)
+    elif step.dtype != torch.float32 or step.numel() not in (1, plan.segments) or step.device != plan.rows.device:
+        raise ValueError(
+            f"step is {step.dtype} {tuple(step.shape)} on {step.device}; it must be an int, or float32 [] or "
+            f"[{plan.segments}] on {plan.rows.device}"
+        )
+    return torch.ops.grgauge.adamw_.default(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        plan.rows,
+        plan.segments,
+        step,
+        0.0 if lr_tensor is not None else lr,
+        lr_tensor,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        ema,
+        previous,
+        beta,
+        inv_scale,
+        found_inf,
+        clip,
+        zero_grad,
+        maximize,
+        sums,
+        backend,
+    )
+
+
+def _check_streams(plan: Plan, **streams: Sequence[Tensor]) -> None:
+    """Each list has a tensor a segment (or the one flat buffer) of the right size, place and layout."""
+    bucket = plan.bucket
+    dense = True
+    for name, tensors in streams.items():
+        if plan.flat:
+            if len(tensors) != 1 or tensors[0].numel() < bucket.extent or not tensors[0].is_contiguous():
+                raise ValueError(f"{name} must be the one flat buffer of {bucket.extent} elements that the plan is for")
+        elif len(tensors) != plan.segments:
+            raise ValueError(f"{name} has {len(tensors)} tensors, the plan {plan.segments} segments")
+        elif [t.numel() for t in tensors] != bucket.sizes:
+            i = next(i for i, t in enumerate(tensors) if t.numel() != bucket.sizes[i])
+            raise ValueError(f"{name}[{i}] has {tensors[i].numel()} elements, segment {i} has {bucket.sizes[i]}")
+        if not tensors:
+            continue
+        if {t.device for t in tensors} != {plan.rows.device}:
+            i = next(i for i, t in enumerate(tensors) if t.device != plan.rows.device)
+            raise ValueError(f"{name}[{i}] is on {tensors[i].device}, the plan on {plan.rows.device}")
+        dtypes = {t.dtype for t in tensors}
+        allowed = DTYPES if name in ("grads", "params") else (torch.float32,)
+        if len(dtypes) > 1 or not dtypes.issubset(allowed):
+            raise TypeError(f"{name} has dtype {_names(dtypes)}; it must be one of {_names(allowed)}, in all tensors")
+        dense = dense and all(t.is_contiguous() for t in tensors)
+    if not dense:
+        _check_layout(streams)
+
+
+def _check_layout(streams: dict[str, Sequence[Tensor]]) -> None:
+    """Kernels walk memory in order, so all tensors of a segment must be dense and laid out alike."""
+    for name, tensors in streams.items():
+        for i, (t, grad) in enumerate(zip(tensors, streams["grads"], strict=True)):
+            require_dense(t, f"{name}[{i}]")
+            if t.stride() != grad.stride() and not (t.is_contiguous() and grad.is_contiguous()):
+                raise ValueError(f"{name}[{i}] has strides {t.stride()}, grads[{i}] {grad.stride()}; must be alike")
+
+
+def _check_states(plan: Plan, ema: Tensor | None, previous: Tensor | None, beta: float) -> None:
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
+    for name, state in (("ema", ema), ("previous", previous)):
+        if state is None:
+            continue
+        if state.dtype != torch.float32 or state.shape != (plan.numel,) or not state.is_contiguous():
+            raise ValueError(
+                f"{name} is {state.dtype} {tuple(state.shape)}; it must be contiguous float32 [{plan.numel}]"
+            )
+        if state.device != plan.rows.device:
+            raise ValueError(f"{name} is on {state.device}, the plan on {plan.rows.device}")
+
+
+def _check_scalar(
+    name: str, value: Tensor | None, plan: Plan, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> None:
+    if value is None:
+        return
+    if value.dtype not in dtypes or value.numel() != 1 or value.device != plan.rows.device:
+        raise ValueError(
+            f"{name} is {value.dtype} {tuple(value.shape)} on {value.device}; it must hold one {_names(dtypes)} on "
+            f"{plan.rows.device}"
+        )
+
+
+def _names(dtypes: object) -> str:
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]

@@ -1,0 +1,372 @@
+"""The gauge: reads GR_T and GR_S off the gradients that training computes anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import grgauge_kernels as gk
+
+from .estimators import Spatial, Temporal, two_batch
+from .optim import AdamW, BucketSums
+from .reading import Reading, SegmentReading
+from .sources import FusedSource, OwnSource, Sample
+from .theory import finite_time_factor
+from .transfer import Transfer
+
+Array = npt.NDArray[np.float64]
+
+GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
+
+WARM_UP = 20
+"""Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
+
+
+class Gauge:
+    """Reads GR_T, GR_S, the gradient noise scale and the gradient norm while an optimizer trains.
+
+    On `grgauge.AdamW` with betas[0] equal to the gauge's beta the sums come from the step itself: the optimizer's first
+    moment is the m of GR_T. On any other optimizer the gauge keeps an EMA of its own over `sample` parameters, updated
+    before each step through the optimizer's step hooks. Gradients are read as the optimizer gets them.
+
+    optimizer   any torch optimizer with dense gradients
+    batch_size  global batch in samples; set it anew when the batch changes
+    groups      micro-batches in a step; None: as many as `micro_step` was called for. GR_S needs at least two
+    every       steps between readings
+    sample      parameters looked at, where a pass of the gauge's own is needed
+    beta        smoothing factor of both moments of GR_T, and over readings of S and G2. The published target of GR_T
+                belongs to 0.9
+    seed        which parameters a sample takes
+
+    Raises ValueError for a number out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batch_size: float,
+        *,
+        groups: int | None = None,
+        every: int = 5,
+        sample: int = 50_000_000,
+        beta: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("every", every), ("sample", sample)):
+            if not value >= 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if groups is not None and groups < 1:
+            raise ValueError(f"groups is {groups}; it must be at least 1, or None to count calls of micro_step()")
+        if not 0.0 < beta < 1.0:
+            raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
+        self.batch_size, self.groups, self.every, self.beta = batch_size, groups, every, beta
+        self._optimizer = optimizer
+        self._temporal, self._spatial = Temporal(beta), Spatial(beta)
+        self._table = _Table([], [], beta)
+        self._layout: list[list[torch.Tensor]] = []
+        self._step = 0
+        self._rows: list[list[BucketSums]] = []
+        self._groups: list[list[BucketSums]] = []
+        self._in_flight: list[_Window] = []
+        self._newest: Reading | None = None
+        self._sample = Sample(optimizer, sample, seed)
+        self._source: FusedSource | OwnSource
+        if isinstance(optimizer, AdamW) and FusedSource.fits(optimizer, beta):
+            self._source = FusedSource(optimizer, beta, self._on_step)
+        else:
+            self._source = OwnSource(optimizer, self._sample, beta, self._on_step)
+
+    def micro_step(self) -> None:
+        """Call after each micro-batch's backward: the gradient that it has added is one group of GR_S.
+
+        Gradients must accumulate over the step and every micro-batch count alike; whether losses are divided by their
+        number does not matter. Costs nothing but on the steps that are read.
+        """
+        if (self._step + 1) % self.every == 0:
+            self._groups.append(self._sample.difference())
+
+    def reading(self) -> Reading | None:
+        """The newest finished reading, None before the first. Never waits for the device."""
+        while self._in_flight and self._in_flight[0].transfer.done():
+            self._finish(self._in_flight.pop(0))
+        return self._newest
+
+    def restart(self) -> None:
+        """Start cold, as after a change of learning rate or batch: what was seen before no longer counts.
+
+        On `grgauge.AdamW` the optimizer's first moment is m; it carries over, and only V starts anew.
+        """
+        self._temporal.restart()
+        self._spatial.restart()
+        self._source.restart()
+        self._table = _Table([], [], self.beta)
+        self._layout, self._rows, self._groups, self._in_flight = [], [], [], []
+
+    def remove(self) -> None:
+        """Unhook the gauge from its optimizer; the newest reading stays."""
+        self._source.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that readings depend on, to be taken between two steps. Waits for sums on their way to the host."""
+        self._send(read=False)
+        while self._in_flight:
+            self._finish(self._in_flight.pop(0))
+        return {
+            "step": self._step,
+            "batch_size": self.batch_size,
+            "temporal": self._temporal.state_dict(),
+            "spatial": self._spatial.state_dict(),
+            "table": self._table.state_dict(),
+            "source": self._source.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, bit for bit; the optimizer's own state must be loaded as well.
+
+        Raises ValueError if the state belongs to another kind of optimizer or to other parameters; the gauge is then as
+        it was.
+        """
+        temporal, spatial = Temporal(self.beta), Spatial(self.beta)
+        temporal.load_state_dict(state["temporal"])
+        spatial.load_state_dict(state["spatial"])
+        self._source.load_state_dict(state["source"])
+        self._temporal, self._spatial = temporal, spatial
+        self._table = _Table.from_state(state["table"], self.beta)
+        self._step, self.batch_size = state["step"], state["batch_size"]
+        self._layout, self._rows, self._groups, self._in_flight = [], [], [], []
+        self._newest = None
+
+    def _on_step(self, sums: list[BucketSums]) -> None:
+        if [id(bucket.params) for bucket in sums] != [id(params) for params in self._layout]:
+            self._lay_out([bucket.params for bucket in sums])
+        self._step += 1
+        self._rows.append(sums)
+        if self._step % self.every == 0:
+            self._send(read=True)
+            self.reading()
+
+    def _lay_out(self, layout: list[list[torch.Tensor]]) -> None:
+        """Take notice of which parameters the sums are of. Other ones than before: start cold."""
+        names = _names(self._optimizer)
+        table = _Table([names[id(p)] for ps in layout for p in ps], [p.numel() for ps in layout for p in ps], self.beta)
+        if (table.names, table.sizes) != (self._table.names, self._table.sizes):
+            if self._table.names:
+                self.restart()
+            self._table = table
+        self._layout = layout
+
+    def _send(self, read: bool) -> None:
+        """Let the sums gathered so far travel to the host, to be folded in and, with `read`, to become a reading."""
+        if not self._rows:
+            return
+        rows, groups = self._rows, self._groups if read else []
+        tensors = [bucket.stats for row in (*rows, *groups) for bucket in row]
+        tensors += [bucket.steps for bucket in rows[-1]]
+        window = _Window(rows, groups, Transfer(tensors), read, self._step, self.batch_size)
+        self._in_flight.append(window)
+        self._rows, self._groups = [], []
+
+    def _finish(self, window: _Window) -> None:
+        arrays = iter(window.transfer.arrays())
+        rows = [_Row.of(row, arrays) for row in window.rows]
+        groups = [_Row.of(row, arrays) for row in window.groups]
+        ages = np.concatenate([next(arrays) for _ in window.rows[-1]])
+        taken = [row for row in rows if not row.skipped]
+        for row in taken:
+            self._temporal.update(self._table.fold(row))
+        if window.read:
+            newest = taken[-1] if taken else None
+            self._newest = self._read(window, newest, ages, groups, nonfinite=int(sum(row.nonfinite for row in taken)))
+
+    def _read(
+        self, window: _Window, newest: _Row | None, ages: Array, groups: Sequence[_Row], nonfinite: int
+    ) -> Reading:
+        notes = []
+        age = float(ages.max(initial=0.0))
+        gr_t = gr_t_error = None
+        ready = False
+        if newest is None:
+            notes.append("GR_T not available: every step since the last reading was skipped")
+        elif (problem := self._source.problem()) is not None:
+            notes.append(problem)
+        else:
+            gr_t = _known(self._temporal.read(self._table.moment(newest, ages)))
+            gr_t_error = _known(self._temporal.standard_error)
+            missing = WARM_UP - min(age, self._temporal.steps)
+            ready = gr_t is not None and missing <= 0
+            if gr_t is None:
+                notes.append("GR_T not available: all gradients are zero")
+            elif not ready:
+                notes.append(f"GR_T not ready: needs {missing:.0f} more steps")
+
+        problem = self._take_groups(window, groups)
+        gr_s = gr_s_error = noise_scale = noise_scale_error = None
+        if self._spatial.readings and window.groups:
+            gr_s = _known(self._spatial.gr_s(window.batch_size))
+            gr_s_error = _known(self._spatial.gr_s_error(window.batch_size))
+            noise_scale = _known(self._spatial.noise_scale)
+            noise_scale_error = _known(self._spatial.noise_scale_error)
+            if problem is None and not self._spatial.ready:
+                steps = self._spatial.readings_until_ready * self.every
+                more = f"~{steps:.0f} more steps" if math.isfinite(steps) else "more signal"
+                problem = f"GR_S not ready: needs {more}"
+            ready = ready and self._spatial.ready
+        if problem is not None:
+            notes.append(problem)
+        return Reading(
+            step=window.step,
+            batch_size=window.batch_size,
+            gr_t=gr_t,
+            gr_t_error=gr_t_error,
+            settled=finite_time_factor(age, self.beta),
+            gr_s=gr_s,
+            gr_s_error=gr_s_error,
+            noise_scale=noise_scale,
+            noise_scale_error=noise_scale_error,
+            grad_norm=math.nan if newest is None else math.sqrt(newest.total(GRAD_SQ)),
+            nonfinite=nonfinite,
+            ready=ready,
+            notes=tuple(notes),
+            table=self._table.snapshot(newest),
+        )
+
+    def _take_groups(self, window: _Window, groups: Sequence[_Row]) -> str | None:
+        """One reading of S and G2 from the groups of a step. Returns why there is none."""
+        n = len(groups)
+        if self.groups is not None and self.groups < 2:
+            return f"GR_S not available: groups is {self.groups}; it needs at least two micro-batches or ranks"
+        if n == 0:
+            return "GR_S not available: call micro_step() after the backward of each of at least two micro-batches"
+        if n == 1 or n != (self.groups or n):
+            wanted = "at least 2" if self.groups is None else str(self.groups)
+            return f"GR_S not available: micro_step() was called {n} times in the step, not {wanted}"
+        if any(group.nonfinite for group in groups):
+            return "GR_S skipped a reading: non-finite gradients"
+        # Gradients accumulate, so what micro-batch i added is the difference, and the first one's is its whole.
+        group_sq = [groups[0].total(GRAD_SQ)] + [group.total(DELTA_SQ) for group in groups[1:]]
+        mean_sq = groups[-1].total(GRAD_SQ) / n**2
+        if not self._spatial.update(*two_batch(group_sq, mean_sq, [window.batch_size / n] * n)):
+            return "GR_S skipped a reading: gradients out of range"
+        return None
+
+
+@dataclass
+class _Window:
+    """The steps between two readings, on their way to the host."""
+
+    rows: list[list[BucketSums]]
+    groups: list[list[BucketSums]]
+    transfer: Transfer
+    read: bool
+    step: int
+    batch_size: float
+
+
+@dataclass
+class _Row:
+    """The sums of one pass on the host, all buckets together.
+
+    sums    float64 [segments, 6], scaled up from the sample to the whole of each segment
+    seen    bool [segments], False where the pass did not visit a segment
+    """
+
+    sums: Array
+    seen: npt.NDArray[np.bool_]
+
+    @staticmethod
+    def of(row: list[BucketSums], arrays: Any) -> _Row:
+        sums = np.concatenate([next(arrays) * bucket.plan.scale[:, None] for bucket in row])
+        return _Row(sums, np.concatenate([bucket.plan.visited > 0 for bucket in row]))
+
+    @property
+    def skipped(self) -> bool:
+        """True if the optimizer skipped the step, as GradScaler has it do on overflow."""
+        return bool(np.isnan(self.sums).any())
+
+    @property
+    def nonfinite(self) -> float:
+        return self.total(NONFINITE)
+
+    def total(self, column: int) -> float:
+        return float(self.sums[:, column].sum())
+
+
+class _Table:
+    """Each segment's own V, and |m|^2 as last seen. A segment without gradient keeps both, as its optimizer does."""
+
+    def __init__(self, names: list[str], sizes: list[int], beta: float) -> None:
+        self.names, self.sizes, self.beta = names, sizes, beta
+        self.steps = np.zeros(len(names))
+        self.grad_sq = np.zeros(len(names))
+        self.moment_sq = np.zeros(len(names))
+
+    def fold(self, row: _Row) -> float:
+        """Take in one step; returns its sum g^2, with V standing in where a segment has no gradient."""
+        self.steps[row.seen] += 1
+        gain = (1 - self.beta) / (1 - self.beta ** np.maximum(self.steps, 1))
+        step = np.where(row.seen, row.sums[:, GRAD_SQ] - self.grad_sq, 0.0)
+        total = float((self.grad_sq + step).sum())
+        self.grad_sq += gain * step
+        return total
+
+    def moment(self, row: _Row, ages: Array) -> float:
+        """|m^|^2 over all segments, bias-corrected by the number of updates each one's m has had."""
+        correction = (1 - self.beta ** np.maximum(ages, 1)) ** 2
+        self.moment_sq = np.where(row.seen, row.sums[:, EMA_SQ] / correction, self.moment_sq)
+        return float(self.moment_sq.sum())
+
+    def snapshot(self, row: _Row | None) -> Any:
+        """A function that makes the per-segment table of this moment."""
+        grad_sq, moment_sq, names, sizes = self.grad_sq.copy(), self.moment_sq.copy(), self.names, self.sizes
+        now = np.zeros((len(names), len(gk.STATS))) if row is None else row.sums
+
+        def table() -> tuple[SegmentReading, ...]:
+            return tuple(
+                SegmentReading(
+                    name=names[i],
+                    numel=sizes[i],
+                    gr_t=float(grad_sq[i] / moment_sq[i]) if moment_sq[i] > 0 else None,
+                    grad_norm=math.sqrt(now[i, GRAD_SQ]),
+                    nonfinite=int(now[i, NONFINITE]),
+                )
+                for i in range(len(names))
+            )
+
+        return table
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "sizes": list(self.sizes),
+            **{name: getattr(self, name).tolist() for name in ("steps", "grad_sq", "moment_sq")},
+        }
+
+    @staticmethod
+    def from_state(state: dict[str, Any], beta: float) -> _Table:
+        table = _Table(list(state["names"]), list(state["sizes"]), beta)
+        for name in ("steps", "grad_sq", "moment_sq"):
+            setattr(table, name, np.array(state[name], dtype=np.float64))
+        return table
+
+
+def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """id of each parameter -> the name that the optimizer was given for it, else "group.index"."""
+    return {
+        id(p): name
+        for g, group in enumerate(optimizer.param_groups)
+        for p, name in zip(
+            group["params"],
+            group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))],
+            strict=True,
+        )
+    }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,353 @@
+"""AdamW whose step also reads the gauges: torch.optim.AdamW's semantics, one kernel call a bucket."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+import grgauge_kernels as gk
+from grgauge_kernels.bucket import DTYPES, require_dense
+from grgauge_kernels.flat import FlatBucket, require_disjoint
+
+ParamGroup = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BucketSums:
+    """What one step's kernel call saw of one bucket.
+
+    params  the parameters, one a segment
+    plan    the chunks visited
+    stats   float64 [segments, 6], the columns named by grgauge_kernels.STATS; NaN if the step was skipped
+    steps   float32 [segments], number of updates each parameter has had; changes in place with the next step
+    """
+
+    params: list[Tensor]
+    plan: gk.Plan
+    stats: Tensor
+    steps: Tensor
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW in one pass over the gradients, with the sums that the gauges need taken on the way.
+
+    params, lr, betas, eps, weight_decay, maximize   as in torch.optim.AdamW; lr may be a tensor of one element
+    flat      re-home parameters and gradients as views of one flat buffer per group, device and dtype, so that a step's
+              host work does not grow with their number (`grgauge_kernels.FlatBuckets`)
+    backend   a name from `grgauge_kernels.backends()`, or None for the best one of each device
+    foreach, capturable, fused   accepted for torch's signature; the step is always fused and capturable
+
+    Parameters are float32, bfloat16 or float16; both moments are float32 whatever the parameters are. state_dict is
+    torch.optim.AdamW's, in both directions, mid-training.
+
+    Raises ValueError for `amsgrad=True` or `differentiable=True` (not supported), for numbers out of range and for
+    parameters with gaps between their elements; TypeError for other parameter dtypes.
+    """
+
+    # GradScaler then leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        flat: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": (float(betas[0]), float(betas[1])),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        self._flat = flat
+        self._backend = backend
+        self._observers: list[Callable[[list[BucketSums]], None]] = []
+        self._parts: list[_Part] | None = None
+        self._outsiders: list[Tensor] = []  # frozen parameters without a gradient
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group, as in torch; its options and parameters are checked before anything changes."""
+        _check_options({**self.defaults, **param_group})
+        params = param_group["params"]
+        if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):  # those two are torch's to answer
+            param_group["params"] = params = list(params)
+            _check_params(params)
+        super().add_param_group(param_group)
+        self._parts = None
+
+    def observe(self, observer: Callable[[list[BucketSums]], None]) -> Callable[[], None]:
+        """Call `observer` with the sums of every step from now on; returns a function that ends it."""
+        self._observers.append(observer)
+        return lambda: self._observers.remove(observer)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; the others are left alone, as in torch.
+
+        Raises RuntimeError for sparse gradients, before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parts = self._ready_parts()
+        inv_scale = _reciprocal(getattr(self, "grad_scale", None))
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        sums = bool(self._observers)
+        seen = [part.step(inv_scale, found_inf, sums, self._backend) for part in parts]
+        for observer in self._observers:
+            observer(seen)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With flat=True gradients are zeroed in place, whatever `set_to_none` says: they stay views."""
+        if not self._flat or self._parts is None:
+            super().zero_grad(set_to_none)
+            return
+        for part in self._parts:
+            assert part.flat is not None
+            part.flat.zero_grad()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim.AdamW; nothing is shared with it afterwards.
+
+        Raises ValueError if it was made with amsgrad=True, or for other groups, before anything is changed.
+        """
+        for group in state_dict["param_groups"]:
+            _check_options({**self.defaults, **group})
+        super().load_state_dict(dict(state_dict))
+        # torch has cast the moments to the parameters' dtype; ours are float32, so take the saved ones as they are.
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, p in zip(indices, params, strict=True):
+            if index in state_dict["state"]:
+                saved = state_dict["state"][index]
+                self.state[p] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_flat", False)
+        self.__dict__.setdefault("_backend", None)
+        self.__dict__.setdefault("_observers", [])
+        self._parts = None
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+
+    def _ready_parts(self) -> list[_Part]:
+        """The parts, with this step's gradients in place."""
+        current = self._parts is not None and self._parts_state is self.state and len(self.state) > 0
+        if not current or _any_grad(self._outsiders) or not all(part.collect() for part in self._parts or ()):
+            self._build_parts()
+        assert self._parts is not None
+        return self._parts
+
+    def _build_parts(self) -> None:
+        """Parts for every parameter that takes part in training, with the state they have so far."""
+        if self._flat:
+            require_disjoint([p for group in self.param_groups for p in group["params"]])
+        for part in self._parts or ():
+            if part.flat is not None:
+                part.flat.detach()
+        parts, self._outsiders = [], []
+        for group in self.param_groups:
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.requires_grad or p.grad is not None:
+                    alike.setdefault((p.device, p.dtype), []).append(p)
+                else:
+                    self._outsiders.append(p)
+            parts += [_Part(group, params, self.state, self._flat) for params in alike.values()]
+        for part in parts:
+            part.collect()
+        self._parts, self._parts_state = parts, self.state
+
+
+class _Part:
+    """The parameters of one group that share a device and a dtype: one kernel call a step.
+
+    flat is None for loose tensors. `collect` must come before each `step`.
+    """
+
+    def __init__(self, group: ParamGroup, params: list[Tensor], state: dict[Tensor, Any], flat: bool) -> None:
+        self.group = group
+        self.params = params
+        first = params[0]
+        self.kind = (first.dtype, first.device, torch.strided)
+        self.flat = FlatBucket(params) if flat else None
+        self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(params)
+        self.plans: dict[frozenset[int], tuple[gk.Plan, Tensor]] = {}
+
+        saved = [state.get(p) or {"step": 0.0} for p in params]
+        self.steps = torch.tensor([float(s["step"]) for s in saved], device=first.device)
+        self.param_stream = self._stream([p.detach() for p in params], None if self.flat is None else self.flat.param)
+        self.exp_avgs, first_moments = self._moments([s.get("exp_avg") for s in saved])
+        self.exp_avg_sqs, second_moments = self._moments([s.get("exp_avg_sq") for s in saved])
+        for i, p in enumerate(params):
+            state[p] = {"step": self.steps[i], "exp_avg": first_moments[i], "exp_avg_sq": second_moments[i]}
+
+    @staticmethod
+    def _stream(loose: list[Tensor], flat: Tensor | None) -> list[Tensor]:
+        return loose if flat is None else [flat]
+
+    def _moments(self, saved: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+        """float32 moments holding what was saved: the stream for the kernel, and a tensor for each parameter."""
+        if self.flat is None:
+            flat = None
+            tensors = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.params]
+        else:
+            flat = torch.zeros_like(self.flat.param, dtype=torch.float32)
+            tensors = self.flat.views(flat)
+        for tensor, old in zip(tensors, saved, strict=True):
+            if old is not None:
+                tensor.copy_(old)
+        return self._stream(tensors, flat), tensors
+
+    def collect(self) -> bool:
+        """Take up this step's gradients. False if the parameters have changed dtype or device: then build anew.
+
+        Raises RuntimeError for a sparse gradient.
+        """
+        if self.flat is not None:
+            if not self.flat.intact():
+                if not self.flat.movable():
+                    return False
+                _say_taken_back(*self.flat.attach())
+            self.grad_stream = [self.flat.grad]
+            missing = self.flat.missing
+        else:
+            grads = list(map(_grad_of, self.params))
+            missing = frozenset([i for i, grad in enumerate(grads) if grad is None])
+            for i in missing:
+                grads[i] = self.params[i]  # a stand-in of the right size, which the plan never visits
+            if {(g.dtype, g.device, g.layout) for g in grads} != {self.kind}:
+                if any(g.layout != torch.strided for g in grads):
+                    raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
+                return False
+            if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.params)):
+                grads = [_laid_out_like(p, g) for p, g in zip(self.params, grads, strict=True)]
+            self.grad_stream = grads
+        if missing not in self.plans:
+            plan = self.bucket.plan(skip=missing)
+            present = torch.tensor([float(i not in missing) for i in range(len(self.params))])
+            self.plans = {missing: (plan, present.to(self.steps.device))}
+        self.plan, self.present = self.plans[missing]
+        return True
+
+    def step(self, inv_scale: Tensor | None, found_inf: Tensor | None, sums: bool, backend: str | None) -> BucketSums:
+        group, device = self.group, self.steps.device
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device != device:
+            lr = float(lr)
+        inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
+        self.steps.add_(self.present if found_inf is None else self.present * (1 - found_inf))
+        stats = gk.adamw_(
+            self.param_stream,
+            self.grad_stream,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.plan,
+            step=self.steps,
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            inv_scale=inv_scale,
+            found_inf=found_inf,
+            maximize=group["maximize"],
+            sums=sums,
+            backend=backend,
+        )
+        return BucketSums(self.params, self.plan, stats, self.steps)
+
+
+_grad_of = operator.attrgetter("grad")
+
+
+def _any_grad(params: list[Tensor]) -> bool:
+    return any(p.grad is not None for p in params)
+
+
+def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the memory order of its parameter; a copy only where autograd chose another."""
+    if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
+        return grad
+    return torch.empty_like(p, requires_grad=False).copy_(grad)
+
+
+def _reciprocal(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.float().reciprocal()
+
+
+def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
+    return value if value is None or value.device == device else value.to(device, non_blocking=True)
+
+
+def _say_taken_back(values: int, grads: int) -> None:
+    if values:
+        warnings.warn(
+            f"{values} parameters had been given memory outside the flat buffer (p.data = ..., model.to(...)); "
+            "their values were copied back in",
+            stacklevel=4,
+        )
+    if grads:
+        warnings.warn(
+            f"{grads} gradients had left the flat buffer (model.zero_grad() sets them to None); they were copied back "
+            "in. Call optimizer.zero_grad() instead and no copy is needed",
+            stacklevel=4,
+        )
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that torch.optim.AdamW refuses too, or that this class does not support."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must hold one")
+    if not float(lr) >= 0.0:
+        raise ValueError(f"lr is {float(lr)}; it must be at least 0")
+    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas}; it must hold two numbers in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name} is {group[name]}; it must be at least 0")
+    for name in ("amsgrad", "differentiable"):
+        if group[name]:
+            raise ValueError(f"{name}=True is not supported; use torch.optim.AdamW for it")
+
+
+def _check_params(params: list[Any]) -> None:
+    for i, entry in enumerate(params):
+        p = entry[1] if isinstance(entry, tuple) else entry
+        if isinstance(p, Tensor):
+            require_dense(p, f"params[{i}]")
+            if p.dtype not in DTYPES:
+                raise TypeError(f"params[{i}] has dtype {p.dtype}; it must be float32, bfloat16 or float16")

@@ -1,0 +1,65 @@
+"""From a reading to what it says about learning rate and batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .reading import Reading
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where healthy training sits in the (GR_T, GR_S) plane.
+
+    gr_t, gr_s            the published target (20, 0.58), found nearly the same for five model families
+    gr_t_zone, gr_s_zone  the dead band of +-10 % around GR_T, and the published GR_S health zone
+    gr_t_power, gr_s_power  exponents xi of the power laws by which one step towards the target is taken
+
+    The GR_T target belongs to the gauge's beta = 0.9 and to no other.
+    """
+
+    gr_t: float = 20.0
+    gr_s: float = 0.58
+    gr_t_zone: tuple[float, float] = (18.0, 22.0)
+    gr_s_zone: tuple[float, float] = (0.5, 0.65)
+    gr_t_power: float = 3.0
+    gr_s_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("gr_t", self.gr_t), ("gr_s", self.gr_s)):
+            low, high = getattr(self, f"{name}_zone")
+            if not 0.0 < low <= value <= high:
+                raise ValueError(f"{name}_zone is {(low, high)}; it must be (low, high) around {name} = {value}")
+        if not (self.gr_s_zone[1] < 1.0 and self.gr_t_power > 0.0 and self.gr_s_power > 0.0):
+            raise ValueError(f"gr_s_zone must end below 1 and both powers be positive, not {self}")
+
+    def lr_factor(self, reading: Reading) -> float | None:
+        """What one step multiplies the learning rate by: (GR_T*/GR_T)^(1/xi_T); 1 inside the zone, None if unknown."""
+        if reading.gr_t is None or not reading.settled:
+            return None
+        settled = reading.gr_t / reading.settled
+        low, high = self.gr_t_zone
+        return 1.0 if low <= settled <= high else float((self.gr_t / settled) ** (1.0 / self.gr_t_power))
+
+    def batch_factor(self, reading: Reading) -> float | None:
+        """What one step multiplies the batch size by: (GR_S/GR_S*)^(1/xi_S); 1 inside the zone, None if unknown."""
+        if reading.gr_s is None:
+            return None
+        low, high = self.gr_s_zone
+        return 1.0 if low <= reading.gr_s <= high else float((reading.gr_s / self.gr_s) ** (1.0 / self.gr_s_power))
+
+
+def verdict(reading: Reading, target: Target | None = None) -> str:
+    """One line, such as "LR 2.1x too low, batch about right"; the factors are those of one policy step."""
+    target = target or Target()
+    lr, batch = target.lr_factor(reading), target.batch_factor(reading)
+    parts = [
+        "GR_T not available" if lr is None else _say("LR", 1.0 / lr),
+        "GR_S not available" if batch is None else _say("batch", 1.0 / batch),
+    ]
+    return ", ".join(parts) + ("" if reading.ready else " (not ready yet)")
+
+
+def _say(name: str, excess: float) -> str:
+    times = f"{max(excess, 1 / excess):.1f}"
+    return f"{name} about right" if times == "1.0" else f"{name} {times}× too {'high' if excess > 1.0 else 'low'}"

@@ -1,0 +1,185 @@
+"""Where a gauge's sums come from: an optimizer's own step, or a pass of the gauge's own over the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grgauge_kernels as gk
+
+from .optim import AdamW, BucketSums
+
+OnStep = Callable[[list[BucketSums]], None]
+
+
+class FusedSource:
+    """Sums of `grgauge.AdamW`'s step itself: its first moment is m, if its betas[0] is the gauge's beta."""
+
+    def __init__(self, optimizer: AdamW, beta: float, on_step: OnStep) -> None:
+        self._optimizer, self._beta = optimizer, beta
+        self.remove = optimizer.observe(on_step)
+
+    @staticmethod
+    def fits(optimizer: torch.optim.Optimizer, beta: float) -> bool:
+        return isinstance(optimizer, AdamW) and all(group["betas"][0] == beta for group in optimizer.param_groups)
+
+    def problem(self) -> str | None:
+        """Why GR_T cannot be told just now."""
+        if self.fits(self._optimizer, self._beta):
+            return None
+        betas = [group["betas"][0] for group in self._optimizer.param_groups]
+        return f"GR_T not available: betas[0] is now {betas}, the gauge's beta {self._beta}; make a new Gauge"
+
+    def restart(self) -> None:
+        """m belongs to the optimizer and carries over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": "fused"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _require_kind(state, "fused")
+
+
+class OwnSource:
+    """An EMA of the gauge's own over sampled parameters, for any optimizer, by way of its step hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, sample: Sample, beta: float, on_step: OnStep) -> None:
+        self._optimizer, self._sample, self._beta, self._on_step = optimizer, sample, beta, on_step
+        self._emas: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._buckets: list[_SampledBucket] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def problem(self) -> str | None:
+        return None
+
+    def restart(self) -> None:
+        for tensor in (*self._emas, *self._steps):
+            tensor.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "own",
+            "emas": [ema.clone() for ema in self._emas],
+            "steps": [steps.clone() for steps in self._steps],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _require_kind(state, "own")
+        self._allocate()
+        emas, steps = state["emas"], state["steps"]
+        if emas and [ema.shape for ema in emas] != [ema.shape for ema in self._emas]:
+            raise ValueError("the state is of other parameters or of another sample than this gauge's")
+        for own, saved in zip((*self._emas, *self._steps), (*emas, *steps), strict=bool(emas)):
+            own.copy_(saved)
+
+    def _allocate(self) -> None:
+        buckets = self._sample.buckets()
+        if buckets is not self._buckets:
+            self._buckets = buckets
+            self._emas = [torch.zeros(b.plan.numel, device=b.plan.rows.device) for b in buckets]
+            self._steps = [torch.zeros(b.plan.segments, device=b.plan.rows.device) for b in buckets]
+
+    # A closure computes the gradients inside the step, so they are read behind it; else before the optimizer sees them.
+
+    def _before_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _has_closure(args, kwargs):
+            self._read()
+
+    def _after_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(args, kwargs):
+            self._read()
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        self._allocate()
+        # What a GradScaler leaves on an optimizer that unscales and skips inside its step.
+        scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
+        sums = []
+        for bucket, ema, steps in zip(self._buckets, self._emas, self._steps, strict=True):
+            device = steps.device
+            skip = None if found_inf is None else found_inf.to(device) != 0
+            inv_scale = torch.ones((), device=device) if scale is None else scale.to(device).float().reciprocal()
+            if skip is not None:
+                # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
+                inv_scale = torch.where(skip, torch.nan, inv_scale)
+            stats = gk.measure_(bucket.grads(), bucket.plan, ema=ema, beta=self._beta, inv_scale=inv_scale)
+            steps.add_(1 if skip is None else ~skip)
+            if skip is not None:
+                stats = torch.where(skip, torch.nan, stats)
+            sums.append(BucketSums(bucket.params, bucket.plan, stats, steps))
+        self._on_step(sums)
+
+
+class Sample:
+    """The parameters that a pass of the gauge's own looks at, as sampled plans over buckets of loose gradients."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, sample: int, seed: int) -> None:
+        self._optimizer, self._size, self._seed = optimizer, sample, seed
+        self._key: list[tuple[int, torch.dtype, torch.device]] | None = None
+        self._buckets: list[_SampledBucket] = []
+        self._previous: list[Tensor] = []
+
+    def buckets(self) -> list[_SampledBucket]:
+        """The same list as before, unless parameters have come, gone, moved or been frozen."""
+        params = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        key = [(id(p), p.dtype, p.device) for p in params]
+        if key != self._key:
+            alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+            for p in params:
+                alike.setdefault((p.dtype, p.device), []).append(p)
+            total = sum(p.numel() for p in params)
+            share = min(1.0, self._size / max(total, 1))
+            self._buckets = [_SampledBucket(same, share, self._seed) for same in alike.values()]
+            self._previous = []
+            self._key = key
+        return self._buckets
+
+    @torch.no_grad()
+    def difference(self) -> list[BucketSums]:
+        """Sums of the gradients and of what they have grown by since the last call."""
+        buckets = self.buckets()
+        if not self._previous:
+            self._previous = [torch.zeros(b.plan.numel, device=b.plan.rows.device) for b in buckets]
+        sums = []
+        for bucket, previous in zip(buckets, self._previous, strict=True):
+            stats = gk.measure_(bucket.grads(), bucket.plan, previous=previous)
+            sums.append(BucketSums(bucket.params, bucket.plan, stats, torch.empty(0)))
+        return sums
+
+
+class _SampledBucket:
+    def __init__(self, params: list[Tensor], share: float, seed: int) -> None:
+        self.params = params
+        bucket = gk.Bucket(params)
+        self.plan = bucket.plan(sample=max(1, round(share * bucket.numel)), seed=seed)
+        self._zeros: dict[int, Tensor] = {}
+
+    def grads(self) -> list[Tensor]:
+        """The gradients; zeros for a parameter that has none."""
+        return [self._zero(i, p) if p.grad is None else p.grad for i, p in enumerate(self.params)]
+
+    def _zero(self, i: int, p: Tensor) -> Tensor:
+        if i not in self._zeros:
+            self._zeros[i] = torch.zeros_like(p, requires_grad=False)
+        return self._zeros[i]
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
+
+
+def _require_kind(state: dict[str, Any], kind: str) -> None:
+    if state["kind"] != kind:
+        raise ValueError(f"the state's m is of kind {state['kind']!r}, this gauge's of kind {kind!r}: other optimizers")

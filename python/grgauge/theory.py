@@ -1,0 +1,359 @@
+"""What the two gauges should read: closed forms for GR_T and GR_S, plain numbers in and out.
+
+"Lemma 1", "Eq. 19", "App. E" and the like are those of the supplement of "GR-Gauge: Cost-efficient Training
+Configuration By Gauging the Gradient Redundancy" (Wang and Chen); "exact" marks what is derived here, as a ratio of
+expectations, without approximation.
+
+Symbols: beta is the gauge's own smoothing factor (0.9 in the source; never the optimizer's); the noise scale mu is
+tr Cov(per-sample gradient) / |true gradient|^2, in samples; the noise ratio is mu / B; curvature_lr is (mean Hessian
+eigenvalue) * (learning rate), a pure number. GR_T and GR_S are pure numbers.
+
+Every function raises ValueError, naming the argument, its value and what it must be.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = [
+    "aligned",
+    "autocorrelated",
+    "autocorrelation",
+    "batch_for_gr_s",
+    "critical_batch",
+    "expected_gr_s",
+    "expected_gr_t",
+    "expected_gr_t_first_order",
+    "expected_xi",
+    "finite_time_factor",
+    "gr_s_slope",
+    "gr_t_slope",
+    "ideal_gr_s_range",
+    "ideal_gr_t",
+    "noise_scale_from_gr_s",
+    "optimal_curvature_lr",
+    "period2",
+    "steady_signal",
+    "uncorrelated",
+]
+
+
+def _require(ok: bool, name: str, value: object, must: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {must}, got {value!r}")
+
+
+def _require_beta(beta: float) -> None:
+    _require(0.0 < beta < 1.0, "beta", beta, "inside (0, 1)")
+
+
+def _require_batch(batch_size: float) -> None:
+    _require(1.0 <= batch_size < math.inf, "batch_size", batch_size, "finite and at least 1 sample")
+
+
+def _require_noise_scale(noise_scale: float) -> None:
+    _require(0.0 <= noise_scale < math.inf, "noise_scale", noise_scale, "finite and at least 0")
+
+
+# --- GR_T: exact landmarks -------------------------------------------------------------------------------------------
+
+
+def aligned() -> float:
+    """GR_T when all gradients agree: 1, the smallest value it can take. Exact, for every beta and every t."""
+    return 1.0
+
+
+def uncorrelated(beta: float = 0.9) -> float:
+    """GR_T of zero-mean gradients without correlation between iterations: (1+b)/(1-b), 19 at 0.9. Exact, t -> inf."""
+    _require_beta(beta)
+    return (1.0 + beta) / (1.0 - beta)
+
+
+def period2(beta: float = 0.9) -> float:
+    """GR_T of a gradient that flips its sign at every iteration: ((1+b)/(1-b))^2, 361 at 0.9. Exact, t -> inf."""
+    return uncorrelated(beta) ** 2
+
+
+def finite_time_factor(t: float, beta: float = 0.9) -> float:
+    """(1 - beta^t) / (1 + beta^t): the share of `uncorrelated(beta)` that white noise reads after t iterations. Exact.
+
+    From a cold start, with bias-corrected moments; at 0.9: 1/19 at t = 1 (so it reads exactly 1), 0.48 at 10, 0.78 at
+    20, 0.99 at 50. A target for GR_T is compared with a young reading only after scaling by this. 0 at t = 0.
+    """
+    _require_beta(beta)
+    _require(t >= 0.0, "t", t, "at least 0")
+    # (1 - e^-2y) / (1 + e^-2y) is tanh(y), which keeps its digits for beta near 1
+    return math.tanh(-0.5 * t * math.log(beta))
+
+
+def autocorrelated(correlation: float, beta: float = 0.9) -> float:
+    """GR_T when gradients k iterations apart have correlation c^k: (1+b)(1-cb) / ((1-b)(1+cb)). Exact, t -> inf.
+
+    `correlation` c in [-1, 1] is the mean inner product of successive gradients over their mean square. One curve
+    through all three landmarks: c = 1 reads 1, c = 0 reads 19, c = -1 reads 361. The source's target 20 is c = -0.028.
+    """
+    _require(-1.0 <= correlation <= 1.0, "correlation", correlation, "in [-1, 1]")
+    return uncorrelated(beta) * (1.0 - correlation * beta) / (1.0 + correlation * beta)
+
+
+def autocorrelation(gr_t: float, beta: float = 0.9) -> float:
+    """The inverse of `autocorrelated`: the correlation of successive gradients that a settled GR_T amounts to."""
+    low, high = aligned(), period2(beta)
+    _require(low <= gr_t <= high, "gr_t", gr_t, f"between {low:g} and {high:g}, the range of GR_T at beta = {beta:g}")
+    white = uncorrelated(beta)
+    return (white - gr_t) / (beta * (white + gr_t))
+
+
+def steady_signal(signal_to_noise: float, beta: float = 0.9, t: float | None = None) -> float:
+    """GR_T of a constant true gradient under fresh noise: (1+s) / (s + (1-b)/(1+b)), s = B / mu. Exact.
+
+    At 0.9: s = 1 -> 1.9, 0.1 -> 7.2, 0.01 -> 16.1, 0 -> 19, inf -> 1. Below s of about 0.003 the gauge is blind to the
+    learning rate. `t` counts iterations since a cold start; None means long after it. (Ratio of expectations.)
+    """
+    _require(signal_to_noise >= 0.0, "signal_to_noise", signal_to_noise, "at least 0")
+    _require(t is None or t >= 1.0, "t", t, "None or at least 1 iteration")
+    white = uncorrelated(beta) * (1.0 if t is None else finite_time_factor(t, beta))
+    if math.isinf(signal_to_noise):
+        return aligned()
+    return (1.0 + signal_to_noise) / (signal_to_noise + 1.0 / white)
+
+
+# --- GR_T: Lemma 1 ---------------------------------------------------------------------------------------------------
+#
+# With r = 1 + mu/B, x = curvature_lr, q_v = 1 - 2x/r, q_m = 1 - x and D(q) = (q^t - beta^t) / (q - beta), Eq. 18 is
+#
+#     GR_T = r / (1 - beta) * D(q_v) / D(q_m)^2
+#
+# and both its removable singularities are D at q = beta. With d = (q - beta) / beta,
+# D = beta^(t-1) * ((1+d)^t - 1) / d, which expm1 and log1p evaluate to full precision for any d, since numerator and
+# denominator share the same d.
+
+
+def _lemma1_arguments(
+    curvature_lr: float, noise_ratio: float, beta: float, t: float | None
+) -> tuple[float, float, float, float]:
+    """Checked (r, t, d_v, d_m)."""
+    _require_beta(beta)
+    _require(0.0 <= curvature_lr < math.inf, "curvature_lr", curvature_lr, "finite and at least 0")
+    _require(0.0 <= noise_ratio < math.inf, "noise_ratio", noise_ratio, "finite and at least 0")
+    _require(t is None or 1.0 <= t < math.inf, "t", t, "None or finite and at least 1 iteration")
+    if t is None:
+        t = 1.0 / (1.0 - beta)
+        if abs(t - round(t)) <= 1e-9 * t:  # 1 / (1 - 0.9) is 10.000000000000002, and integers carry on below q = 0
+            t = float(round(t))
+    r = 1.0 + noise_ratio
+    d_v = ((1.0 - beta) - 2.0 * curvature_lr / r) / beta
+    d_m = ((1.0 - beta) - curvature_lr) / beta
+    if 2.0 * curvature_lr <= r:  # a base of exactly 0 may round to a negative one
+        d_v = max(d_v, -1.0)
+    if curvature_lr <= 1.0:
+        d_m = max(d_m, -1.0)
+    if min(d_v, d_m) < -1.0:
+        whole, even = t == math.floor(t), t % 2.0 == 0.0
+        _require(
+            whole,
+            "curvature_lr",
+            curvature_lr,
+            f"at most min(1, (1 + noise_ratio) / 2) = {min(1.0, 0.5 * r)!r} when t is not an integer (t = {t!r} is a "
+            "power of a negative number)",
+        )
+        _require(
+            not (even and d_v <= -2.0),
+            "curvature_lr",
+            curvature_lr,
+            f"below (1 + beta)(1 + noise_ratio) / 2 = {0.5 * (1.0 + beta) * r!r} when t is even (from there on Lemma 1 "
+            "has negative mean squares)",
+        )
+        _require(
+            not (even and d_m == -2.0),
+            "curvature_lr",
+            curvature_lr,
+            "other than 1 + beta when t is even (a pole of Lemma 1)",
+        )
+    return r, t, d_v, d_m
+
+
+def _log_magnitude(d: float) -> float:
+    """log |1 + d|."""
+    if d == -1.0:
+        return -math.inf
+    return math.log1p(d) if d > -1.0 else math.log1p(-(2.0 + d))
+
+
+def _power_difference(d: float, t: float) -> tuple[float, float]:
+    """((1+d)^t - 1) / d as (L, F), its value being e^((t-1) L) * F, so that no t overflows or underflows."""
+    if d == 0.0:
+        return 0.0, t
+    log_q = _log_magnitude(d)
+    grown = max(log_q, 0.0)
+    scale = math.exp(grown) / d
+    if d < -1.0 and t % 2.0 == 1.0:
+        return grown, -(1.0 + math.exp(-t * abs(log_q))) * scale
+    return grown, (-math.expm1(-t * log_q) if log_q > 0.0 else math.expm1(t * log_q)) * scale
+
+
+def _log_slope(d: float, t: float) -> float:
+    """The derivative in d of log(((1+d)^t - 1) / d)."""
+    if abs(d) * t <= 1.0:
+        # The closed form below would be a small remainder of two terms of size 1/d: binomial series in y = t d instead.
+        y, value, slope, coefficient, power = t * d, 1.0, 0.0, 1.0, 1.0
+        for j in range(1, 25):
+            coefficient *= (t - j) / (t * (j + 1))  # C(t, j+1) / t^(j+1)
+            slope += j * coefficient * power
+            power *= y
+            value += coefficient * power
+        return t * slope / value
+    q, log_q = 1.0 + d, _log_magnitude(d)
+    if q == 0.0:
+        return 1.0 if t > 1.0 else 0.0
+    sign = -1.0 if q < 0.0 and t % 2.0 == 1.0 else 1.0  # the sign of q^t
+    # t q^(t-1) / (q^t - 1) - 1/d, with the larger of q^t and 1 divided out
+    if log_q > 0.0:
+        rest = -math.expm1(-t * log_q) if sign > 0.0 else 1.0 + math.exp(-t * log_q)
+        return t / (q * rest) - 1.0 / d
+    rest = math.expm1(t * log_q) if sign > 0.0 else -(1.0 + math.exp(t * log_q))
+    return t * sign * math.exp(t * log_q) / (q * rest) - 1.0 / d
+
+
+def _gr_t(beta: float, r: float, t: float, d_v: float, d_m: float) -> float:
+    log_v, f_v = _power_difference(d_v, t)
+    log_m, f_m = _power_difference(d_m, t)
+    try:
+        growth = math.exp((t - 1.0) * (log_v - 2.0 * log_m - math.log(beta)))
+    except OverflowError:
+        return math.inf
+    return r / (1.0 - beta) * growth * f_v / (f_m * f_m)
+
+
+def expected_gr_t(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: float | None = None) -> float:
+    """GR_T of SGD on a quadratic, as Lemma 1 has it (Eq. 18; Eq. 1 and 19 at the default t = 1 / (1 - beta)).
+
+    `curvature_lr` is mean eigenvalue * learning rate, `noise_ratio` is mu / B; both at least 0. Evaluated to rounding
+    everywhere, on and around its removable singularities (2 curvature_lr = (1 - beta)(1 + mu/B) and 1 - curvature_lr =
+    beta) included. inf where the value exceeds a float.
+
+    What it is not:
+
+    - Its moments have no bias correction; those of a gauge do. With it the value is (1 - beta^t) times this one.
+    - It leaves the noise out of |m|^2. So at curvature_lr = 0 it reads (1 + mu/B) / (1 - beta^t), unbounded in mu/B,
+      where the truth is `steady_signal(B/mu)`, at most 19. Good for mu/B up to about 1, not for small batches.
+    - Its E|g|^2 decays as (1 - 2 curvature_lr / (1 + mu/B))^t, its |E g|^2 as (1 - curvature_lr)^(2t). With noise these
+      differ, so for t >> 1 / (1 - beta) the value grows without bound: t counts iterations in one short window.
+    - At mu/B = 1, beta = 0.9, curvature_lr = 1/2 (App. E) it gives 23.0, where the source says "about 20"; with bias
+      correction it would be 15.0.
+    - Its mean squares are positive only for 2 curvature_lr <= 1 + mu/B, and above curvature_lr = 1 the gradient
+      overshoots. Beyond, an integer t is still evaluated as the formula stands; ValueError for any other t (a power of
+      a negative number) and where the formula turns infinite or negative.
+    """
+    return _gr_t(beta, *_lemma1_arguments(curvature_lr, noise_ratio, beta, t))
+
+
+def expected_gr_t_first_order(
+    curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: float | None = None
+) -> float:
+    """Lemma 1 to first order in `curvature_lr` (Eq. 21), arguments and defaults as for `expected_gr_t`.
+
+        (1 + n)/(1 - beta^t) + 2n/(1 - beta^t) * (t/(1 - beta^t) - 1/(1 - beta)) * curvature_lr,      n = mu/B
+
+    The source prints 1/(1 - beta^t) where this has t/(1 - beta^t). As printed the slope at beta = 0.9, n = 1 is -26.0;
+    the derivative of Eq. 19 there is +16.4, as given here and as the inequality the proof rests on (Eq. 23) has it.
+    Eq. 22 carries a factor of the mean eigenvalue that belongs to the derivative in the learning rate alone.
+    """
+    r, t, _, _ = _lemma1_arguments(curvature_lr, noise_ratio, beta, t)
+    rest = -math.expm1(t * math.log(beta))
+    return (r + 2.0 * noise_ratio * (t / rest - 1.0 / (1.0 - beta)) * curvature_lr) / rest
+
+
+def gr_t_slope(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: float | None = None) -> float:
+    """The derivative of `expected_gr_t` in `curvature_lr` (Theorem 1); times the mean eigenvalue, that in the LR.
+
+    Theorem 1 says it is positive. That is so at beta = 0.9 wherever mean squares are positive (2 curvature_lr <= 1 +
+    mu/B), except that at mu = 0 it starts from 0. It is not so for every beta, the proof being of first order only: at
+    beta = 0.5, mu/B = 0.1 it is negative from curvature_lr = 0.15 on. Arguments and errors as for `expected_gr_t`.
+    """
+    r, t, d_v, d_m = _lemma1_arguments(curvature_lr, noise_ratio, beta, t)
+    return _gr_t(beta, r, t, d_v, d_m) * 2.0 / beta * (_log_slope(d_m, t) - _log_slope(d_v, t) / r)
+
+
+# --- GR_S ------------------------------------------------------------------------------------------------------------
+
+
+def expected_gr_s(batch_size: float, noise_scale: float) -> float:
+    """GR_S at a batch of B samples: (1 + mu) / (B + mu), in (0, 1] (Lemma 2; a ratio of expectations)."""
+    _require_batch(batch_size)
+    _require_noise_scale(noise_scale)
+    return (1.0 + noise_scale) / (batch_size + noise_scale)
+
+
+def gr_s_slope(batch_size: float, noise_scale: float) -> float:
+    """The derivative of `expected_gr_s` in the batch size, per sample: -(1 + mu) / (B + mu)^2 < 0 (Theorem 2, Eq. 30).
+
+    So a GR_S above its target calls for a LARGER batch.
+    """
+    return -expected_gr_s(batch_size, noise_scale) / (batch_size + noise_scale)
+
+
+def batch_for_gr_s(gr_s: float, noise_scale: float) -> float:
+    """The batch, in samples (not rounded), whose expected GR_S is `gr_s`, in (0, 1]: Lemma 2 solved for B.
+
+    0.724 mu + 1.72 at the source's target, 0.58.
+    """
+    _require(0.0 < gr_s <= 1.0, "gr_s", gr_s, "in (0, 1]")
+    _require_noise_scale(noise_scale)
+    return (1.0 + noise_scale * (1.0 - gr_s)) / gr_s
+
+
+def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
+    """The noise scale, in samples, at which a batch of B samples has the expected GR_S `gr_s`: Lemma 2 solved for mu.
+
+    `gr_s` in [1/B, 1): 1/B means no noise, 1 would mean nothing but noise.
+    """
+    _require_batch(batch_size)
+    _require(
+        1.0 / batch_size <= gr_s < 1.0, "gr_s", gr_s, f"in [1/batch_size, 1) = [{1.0 / batch_size:g}, 1), its range"
+    )
+    return max(gr_s * batch_size - 1.0, 0.0) / (1.0 - gr_s)
+
+
+def expected_xi(k: float, a: float) -> float:
+    """xi_k of k groups, (1 + a) / (k + a) with a = mu / (samples per group) = n mu / B (Eq. 33). k >= 1, a >= 0."""
+    _require(1.0 <= k < math.inf, "k", k, "finite and at least 1 group")
+    _require(0.0 <= a < math.inf, "a", a, "finite and at least 0")
+    return (1.0 + a) / (k + a)
+
+
+# --- Ideal values (App. E) -------------------------------------------------------------------------------------------
+
+
+def critical_batch(noise_scale: float) -> float:
+    """The batch, in samples, beyond which more samples save few steps: the noise scale itself (Eq. 35).
+
+    The turning point of McCandlish et al. with tr(H Cov) = mean eigenvalue * tr Cov: curvature and noise unrelated.
+    In pre-training language models the batch at which returns really diminish is known to lie well above it.
+    """
+    _require_noise_scale(noise_scale)
+    return noise_scale
+
+
+def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
+    """GR_S at the critical batch and at half of it (App. E): (1/2, 2/3) for a large noise scale.
+
+    The source rounds the upper end to 0.65, which is B = 0.54 mu. For a small noise scale, where half a critical batch
+    would be less than one sample, a batch of one sample is meant.
+    """
+    _require(noise_scale >= 0.0, "noise_scale", noise_scale, "at least 0")
+    if math.isinf(noise_scale):
+        return 0.5, 2.0 / 3.0
+    critical = critical_batch(noise_scale)
+    return expected_gr_s(max(critical, 1.0), noise_scale), expected_gr_s(max(0.5 * critical, 1.0), noise_scale)
+
+
+def optimal_curvature_lr(batch_size: float, noise_scale: float) -> float:
+    """Mean eigenvalue * learning rate that lowers the loss most in one step: 1 / (1 + mu/B), 1/2 at B = mu (Eq. 37)."""
+    _require_batch(batch_size)
+    return batch_size / (batch_size + critical_batch(noise_scale))
+
+
+def ideal_gr_t(beta: float = 0.9) -> float:
+    """Lemma 1 at the best learning rate of a batch of mu samples (App. E): 23.0 at 0.9, for the source's "about 20"."""
+    return expected_gr_t(0.5, 1.0, beta)
