@@ -1,7 +1,7 @@
-"""Regenerate README's benchmark tables from the newest rows of bench/results.
+"""Regenerate README's benchmark tables, between <!-- bench:adamw --> and <!-- /bench:adamw -->, from bench/results.
 
-    python bench/tables.py            write them between <!-- bench:adamw --> and <!-- /bench:adamw -->
-    python bench/tables.py --check    exit 1 if they are not what the rows say
+Of each device the rows of the latest date and commit count. With --check nothing is written, and the exit status is 1
+if README is not what the rows say.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def table(rows: list[Row]) -> list[str]:
         by_variant = configurations[numel, layout]
         missing = {"torch", "plain", "gauged", "by_hand", "roof", "roof_rmw"} - set(by_variant)
         if missing:
-            raise ValueError(f"{first['device']}, {numel} parameters, {layout}: no row for {', '.join(sorted(missing))}")
+            raise ValueError(f"{numel} parameters, tensors {layout}: no row for {', '.join(sorted(missing))}")
         cells = [f"{numel / 1e6:g} M", LAYOUTS[layout]]
         for variant in ("torch", "plain", "gauged", "by_hand"):
             row = by_variant[variant]
@@ -104,7 +104,7 @@ def main() -> int:
     if fresh == readme:
         return 0
     if options.check:
-        print(f"{options.readme} is stale; run python {Path(__file__).name} to renew its tables", file=sys.stderr)
+        print(f"{options.readme} is stale: run python bench/tables.py", file=sys.stderr)
         return 1
     options.readme.write_text(fresh, encoding="utf-8")
     return 0

@@ -15,11 +15,11 @@ are taken between turns of the same round.
 
 Two roofs, because on a CPU a store that misses the cache may read its line first: a copy then moves half as much again
 as it is credited with, an in-place update does not, and AdamW can beat the copy roof. Both are the real ceiling only
-where buffers outgrow the last cache, as 50 M parameters do; at smaller sizes turns of several steps leave them in the
-cache, for the roofs as for everyone, and what is measured is mostly the host work of a step.
+where buffers outgrow the last cache, as 50 M parameters do; at smaller sizes a turn of several steps may find them in
+a cache, roofs and steps alike, and the host work of a step counts for more.
 
 Every variant has its own tensors with the same values, and all four optimizers must end at the same parameters.
-In layout `flat`, ours keep their 300 tensors in one flat buffer; torch and by_hand have them loose, as their user would.
+In layout `flat`, ours keep their 300 tensors in one flat buffer; torch and by_hand have them loose, as their users do.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ import grgauge
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "adamw.csv"
 COLUMNS = (
-    "date commit device torch dtype numel tensors variant q20_ms q50_ms q80_ms ratio_to_torch_fused gbps roof_gbps"
-).split()
+    "date,commit,device,torch,dtype,numel,tensors,variant,q20_ms,q50_ms,q80_ms,ratio_to_torch_fused,gbps,roof_gbps"
+)
 
 NUMELS = (100_000, 1_000_000, 50_000_000)
 QUICK_NUMEL = 10_000
@@ -129,17 +129,22 @@ def measured(
     samples = alternate(numel, layout, torch.device(device), rounds, seconds)
     figures = summary(samples, numel)
     if path is not None:
-        append(path, [origin(device) | {"numel": numel, "tensors": layout, "variant": v, **figures[v]} for v in VARIANTS])
+        shared = origin(device) | {"numel": numel, "tensors": layout}
+        append(path, [shared | {"variant": v} | figures[v] for v in VARIANTS])
     return samples, figures
 
 
 def alternate(numel: int, layout: str, device: torch.device, rounds: int, seconds: float) -> Samples:
-    """Seconds a step of every variant, turn by turn, for at least `rounds` rounds and `seconds` seconds of turns."""
+    """Seconds a step of every variant, turn by turn, for at least `rounds` rounds and `seconds` seconds."""
+    gc.collect()  # optimizers and gauges refer to each other, so the last configuration may still hold its memory
     trainings = {v: Training(v, numel, layout, device) for v in ("torch", "plain", "gauged", "by_hand")}
     roofs = Roofs(numel, device)
     steps: dict[str, Callable[[], None]] = {v: training.step for v, training in trainings.items()}
     steps |= {"roof": roofs.copy, "roof_rmw": roofs.read_modify_write}
-    sync = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+    def sync() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def turn(variant: str) -> float:
         if variant in trainings and numel <= RENEWED:
@@ -153,13 +158,13 @@ def alternate(numel: int, layout: str, device: torch.device, rounds: int, second
         return (time.perf_counter() - start) / STEPS
 
     samples: Samples = {v: [] for v in VARIANTS}
-    gc.collect()
     gc.disable()
     try:
         for _ in range(WARM_UP_TURNS):
             for v in VARIANTS:
                 turn(v)
-        while len(samples["torch"]) < rounds or STEPS * sum(map(sum, samples.values())) < seconds:
+        start = time.perf_counter()
+        while len(samples["torch"]) < rounds or time.perf_counter() - start < seconds:
             for v in VARIANTS:
                 samples[v].append(turn(v))
     finally:
@@ -243,21 +248,30 @@ def sizes(numel: int, layout: str) -> list[int]:
 
 
 def summary(samples: Samples, numel: int) -> dict[str, dict[str, float]]:
-    """The figures of each variant, named as the columns of the CSV are."""
+    """The figures of each variant, named as the columns of the CSV are, and the quantiles of the ratio."""
     roof = median(samples["roof"])
     figures = {}
     for variant, seconds in samples.items():
-        q20, *_, q80 = quantiles(seconds, n=5, method="inclusive")
+        low, middle, high = spread(seconds)
         ratios = [mine / torchs for mine, torchs in zip(seconds, samples["torch"], strict=True)]
+        ratio_low, ratio, ratio_high = spread(ratios)
         figures[variant] = {
-            "q20_ms": significant(1e3 * q20),
-            "q50_ms": significant(1e3 * median(seconds)),
-            "q80_ms": significant(1e3 * q80),
-            "ratio_to_torch_fused": significant(median(ratios)),
-            "gbps": significant(BYTES * numel / median(seconds) / 1e9),
+            "q20_ms": significant(1e3 * low),
+            "q50_ms": significant(1e3 * middle),
+            "q80_ms": significant(1e3 * high),
+            "ratio_to_torch_fused": significant(ratio),
+            "ratio_q20": significant(ratio_low),
+            "ratio_q80": significant(ratio_high),
+            "gbps": significant(BYTES * numel / middle / 1e9),
             "roof_gbps": significant(BYTES * numel / roof / 1e9),
         }
     return figures
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """20 % quantile, median, 80 % quantile."""
+    low, *_, high = quantiles(values, n=5, method="inclusive")
+    return low, median(values), high
 
 
 def significant(value: float) -> float:
@@ -265,7 +279,7 @@ def significant(value: float) -> float:
 
 
 @functools.cache
-def origin(device: str) -> dict[str, str]:
+def origin(device: str) -> dict[str, Any]:
     """Where and when: the columns that all rows of a run share. Cached, so from before the run's first row."""
     if device == "cpu":
         name = f"{cpuinfo.get_cpu_info().get('brand_raw', 'unknown CPU')} x {torch.get_num_threads()} threads"
@@ -294,9 +308,9 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("a+", encoding="utf-8", newline="") as file:
         file.seek(0)
         header = file.readline()
-        if header and header.strip() != ",".join(COLUMNS):
+        if header and header.strip() != COLUMNS:
             raise RuntimeError(f"{path} has other columns than this benchmark writes: {header.strip()}")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS.split(","), extrasaction="ignore", lineterminator="\n")
         if not header:
             writer.writeheader()
         writer.writerows(rows)

@@ -84,6 +84,10 @@ class Bucket:
 
         Raises ValueError if sample < 1 or a number in `skip` is not a segment.
         """
+        return Plan(self, self.plan_rows(sample, seed, skip))
+
+    def plan_rows(self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = ()) -> npt.NDArray[np.int64]:
+        """The rows of `plan`, on the host."""
         if sample is not None and sample < 1:
             raise ValueError(f"sample is {sample}; it counts elements and must be at least 1, or None for all")
         skipped = frozenset(skip)
@@ -102,7 +106,7 @@ class Bucket:
         ]
         rows = np.concatenate([np.empty((0, 4), dtype=np.int64), *chunks])
         rows[:, 3] = np.cumsum(rows[:, 2]) - rows[:, 2]
-        return Plan(self, rows)
+        return rows
 
     def __repr__(self) -> str:
         kind = "flat" if self.flat else "loose"

@@ -224,7 +224,7 @@ def _check_streams(plan: Plan, **streams: Sequence[Tensor]) -> None:
         dtypes = {t.dtype for t in tensors}
         allowed = DTYPES if name in ("grads", "params") else (torch.float32,)
         if len(dtypes) > 1 or not dtypes.issubset(allowed):
-            raise TypeError(f"{name} has dtype {_names(dtypes)}; it must be one of {_names(allowed)}, in all tensors")
+            raise TypeError(f"{name} has dtype {_names(dtypes)}; it must be {_names(allowed)}, the same in all tensors")
         dense = dense and all(t.is_contiguous() for t in tensors)
     if not dense:
         _check_layout(streams)

@@ -5,7 +5,8 @@ Both ops can be captured in a CUDA graph after one warm-up call outside the capt
 call compiles the kernels and, if tensors are loose, uploads their addresses.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# A kernel's arguments belong to Triton's compiler, which reads tl.float64 where mypy wants a type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="valid-type"
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ try:
 
     _broken: str | None = None
 except ModuleNotFoundError:
-    triton = None
+    triton = None  # type: ignore[assignment]
     _broken = "triton is not installed: pip install triton"
 except Exception as error:  # a broken installation raises anything; the other backends must still work
-    triton = None
+    triton = None  # type: ignore[assignment]
     _broken = f"triton cannot be imported ({error}): reinstall it with pip install --force-reinstall triton"
 
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -160,7 +161,6 @@ def _launch(
     stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
     partials = rows.new_empty((chunks, 8), dtype=torch.float32) if sums else None
     with torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext():
-        options = _options(rows.device)
         if chunks:
             # A tensor of each list also tells the kernel the dtype, which an address does not.
             bases: list[Tensor | None] = [tensors[0] for tensors in streams]
@@ -197,15 +197,24 @@ def _launch(
                 # at 4 elements, 256 contiguous bytes a warp: with 8, Triton sends every float32 store through shared
                 # memory, and sm_90 needs 64 to 102 registers where it needs 40.
                 BLOCK=THREADS * (16 // grad_size if reads_only else 4),
-                **options,
+                **_options(rows.device),
             )
-        if stats.numel():
-            tiles = None
-            if chunks > TILED:
-                tiles = rows.new_empty((chunks // TILE, 8), dtype=torch.float64)
-                tile_kernel[(chunks // TILE,)](partials, tiles, TILE=TILE, **options)
-            reduce_kernel[(segments,)](rows, partials, tiles, found_inf, stats, chunks, TILE=TILE, **options)
+        if partials is not None:
+            _reduce(rows, partials, found_inf, stats)
     return stats
+
+
+def _reduce(rows: Tensor, partials: Tensor, found_inf: Tensor | None, stats: Tensor) -> None:
+    """Chunks' sums float32 [chunks, 8] -> segments' sums float64 [segments, 6], added in a fixed order."""
+    chunks, segments = len(rows), len(stats)
+    if not segments:
+        return
+    options = _options(rows.device)
+    tiles = None
+    if chunks > TILED:
+        tiles = rows.new_empty((chunks // TILE, 8), dtype=torch.float64)
+        tile_kernel[(chunks // TILE,)](partials, tiles, TILE=TILE, **options)
+    reduce_kernel[(segments,)](rows, partials, tiles, found_inf, stats, chunks, TILE=TILE, **options)
 
 
 @functools.lru_cache
@@ -318,7 +327,7 @@ def visit_kernel(
     if clip is not None:
         clip = tl.load(clip)
 
-    STREAMS: tl.constexpr = 1 if param is None else 4
+    STREAMS: tl.constexpr = 1 if param is None else 4  # type: ignore[assignment]
     grad = _element(grad, table, segment * STREAMS, offset)
     addresses = grad.to(tl.int64)
     decay = None
@@ -333,14 +342,14 @@ def visit_kernel(
         t = tl.load(step + segment if STEP_PER_SEGMENT else step).to(tl.float64)
         if lr_tensor is not None:
             lr = tl.load(lr_tensor).to(tl.float64)
-        decay = tl.cast(1 - lr * weight_decay, tl.float32)
+        decay = tl.cast(1 - lr * weight_decay, tl.float32)  # type: ignore[operator]
         rate = (lr / (1 - tl.exp(t * log_beta1))).to(tl.float32)
         root = (1 / tl.sqrt(1 - tl.exp(t * log_beta2))).to(tl.float32)
     if ema is not None:
-        ema = ema + state
+        ema = _element(ema, None, 0, state)
         addresses |= ema.to(tl.int64)
     if previous is not None:
-        previous = previous + state
+        previous = _element(previous, None, 0, state)
         addresses |= previous.to(tl.int64)
 
     # One accumulator a thread and sum, carried from block to block: the tree over threads is walked once a chunk.
@@ -465,7 +474,10 @@ def _visit(
 
 @_jit()
 def _element(base, table, place, offset):
-    """Pointer to the element `offset` of the tensor whose address stands at `place`, or of the flat `base`."""
+    """Pointer to the element `offset` of the tensor whose address stands at `place`, or of the flat `base`.
+
+    Made from an integer in either case: on ROCm, Triton takes pointer arguments apart and loses the hint of `_at`.
+    """
     address = base.to(tl.int64) if table is None else tl.load(table + place)
     return (address + offset * (base.dtype.element_ty.primitive_bitwidth // 8)).to(base.dtype)
 
@@ -493,7 +505,7 @@ def _square(m, LARGEST: tl.constexpr):
 @_jit()
 def _lanes(x, LANES: tl.constexpr):
     """Add the neighbours that one thread holds: [BLOCK] -> [LANES]."""
-    return tl.sum(tl.reshape(x, (LANES, x.shape[0] // LANES)), axis=1)
+    return x if x.shape[0] == LANES else tl.sum(tl.reshape(x, (LANES, x.shape[0] // LANES)), axis=1)
 
 
 @_jit()

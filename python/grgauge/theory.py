@@ -194,7 +194,7 @@ def _power_difference(d: float, t: float) -> tuple[float, float]:
 
 def _log_slope(d: float, t: float) -> float:
     """The derivative in d of log(((1+d)^t - 1) / d)."""
-    if abs(d) * t <= 1.0:
+    if abs(d) * max(t, 4.0) <= 1.0:
         # The closed form below would be a small remainder of two terms of size 1/d: binomial series in y = t d instead.
         y, value, slope, coefficient, power = t * d, 1.0, 0.0, 1.0, 1.0
         for j in range(1, 25):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -431,6 +432,26 @@ def test_errors_are_those_of_weighted_means_and_their_gradients():
         slope = np.array([(value(a + h, b) - value(a - h, b)) / (2 * h), (value(a, b + h) - value(a, b - h)) / (2 * h)])
         assert error == pytest.approx(math.sqrt(slope @ covariance @ slope), rel=1e-5)
     assert gauge.noise_scale == pytest.approx(level[0] / level[1])
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
+def test_the_ends_of_the_interval_are_t_errors_away(confidence):
+    """At an end x, (G2 + S) - x (B G2 + S) is exactly Student's t of its own standard errors from 0."""
+    s, g2 = equal_group_series(seed=4, readings=9, d=20, noise_scale=50.0, n=4, b=8)
+    gauge, w, batch = spatial_of((s, g2)), normalised_weights(0.9, 9), 48.0
+    deviations = np.array([s, g2]) - (np.array([s, g2]) @ w)[:, None]
+    share = float(w @ w)
+    covariance = (deviations * w) @ deviations.T * share / (1 - share)
+    freedom = 1 / share - 1
+    low, high = gauge.gr_s_interval(batch, confidence)
+    assert 1 / batch < low < gauge.gr_s(batch) < high < 1.0
+    for end, sign in [(low, 1.0), (high, -1.0)]:
+        slope = np.array([1 - end, 1 - batch * end])
+        t = float(slope @ [gauge.s, gauge.g2] / math.sqrt(slope @ covariance @ slope))
+        # two-sided tail of Student's t as an incomplete beta function
+        tail = mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True)
+        assert t * sign > 0.0
+        assert float(1 - tail) == pytest.approx(confidence, abs=1e-4)
 
 
 def test_the_covariance_survives_a_large_level():

@@ -97,7 +97,7 @@ def eq_18(x, noise_ratio, beta, t):
     x, n, b, t = (mpmath.mpf(v) for v in (x, noise_ratio, beta, t))
     r = 1 + n
     if 2 * x == (1 - b) * r or 1 - x == b:
-        x += mpmath.mpf(10) ** -45
+        x -= mpmath.mpf(10) ** -45
     numerator = r**2 * (1 - x - b) ** 2 * (b**t - (1 - 2 * x / r) ** t)
     return numerator / ((1 - b) * (2 * x - (1 - b) * r) * (b**t - (1 - x) ** t) ** 2)
 
@@ -143,6 +143,19 @@ def test_lemma_1_equals_the_printed_formula(x, noise_ratio, beta, t):
     assert theory.expected_gr_t(x, noise_ratio, beta, t) == pytest.approx(exact, rel=1e-14 * (10 + t / floor))
 
 
+@given(
+    x=st.floats(0.0, 1.0),
+    noise_ratio=st.floats(0.0, 100.0),
+    beta=st.floats(0.1, 0.99),
+    t=st.one_of(st.integers(1, 50).map(float), st.floats(1.0, 50.0)),
+)
+def test_the_slope_is_the_derivative_of_the_printed_formula(x, noise_ratio, beta, t):
+    assume(2 * x < 0.98 * (1 + noise_ratio) and x < 0.98)
+    with mpmath.workdps(150):
+        value, slope = float(eq_18(x, noise_ratio, beta, t)), float(eq_18_slope(x, noise_ratio, beta, t))
+    assert theory.gr_t_slope(x, noise_ratio, beta, t) == pytest.approx(slope, rel=1e-9, abs=1e-11 * value)
+
+
 @pytest.mark.parametrize("t", [9, 10, 11, 400])
 def test_lemma_1_carries_on_past_its_domain_for_whole_t(t):
     for x, noise_ratio in [(1.2, 1.5), (1.5, 3.0), (1.95, 4.0), (0.7, 0.2)]:
@@ -150,6 +163,11 @@ def test_lemma_1_carries_on_past_its_domain_for_whole_t(t):
             exact, slope = float(eq_18(x, noise_ratio, 0.9, t)), float(eq_18_slope(x, noise_ratio, 0.9, t))
         assert theory.expected_gr_t(x, noise_ratio, 0.9, t) == pytest.approx(exact, rel=1e-11)
         assert theory.gr_t_slope(x, noise_ratio, 0.9, t) == pytest.approx(slope, rel=1e-11)
+
+
+def test_the_default_horizon_at_the_published_smoothing_is_a_whole_10():
+    assert 1 / (1 - 0.9) != 10.0
+    assert theory.expected_gr_t(1.2, 3.0) == theory.expected_gr_t(1.2, 3.0, t=10)
 
 
 def test_lemma_1_at_the_edge_of_its_domain_needs_no_whole_t():
