@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from grgauge_kernels.backends import cpu  # noqa: E402
+from grgauge_kernels.backends import cpu
 
 
 @pytest.fixture(params=["reference", "avx512", "avx2", "portable"])

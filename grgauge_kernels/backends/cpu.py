@@ -129,9 +129,8 @@ def adamw_(
     task = _task(grads, rows, segments, ema, previous, beta, inv_scale)
     if sums:
         task.stats = stats.data_ptr()
-    task.params, _keep_params = _addresses(params)
-    task.exp_avgs, _keep_exp_avgs = _addresses(exp_avgs)
-    task.exp_avg_sqs, _keep_exp_avg_sqs = _addresses(exp_avg_sqs)
+    tables = [_addresses(stream) for stream in (params, exp_avgs, exp_avg_sqs)]
+    task.params, task.exp_avgs, task.exp_avg_sqs = map(ctypes.addressof, tables)
     task.param_dtype = _DTYPES[params[0].dtype] if params else 0
     task.step_per_segment = step.numel() > 1
     task.steps = step.data_ptr()
@@ -154,7 +153,8 @@ def _task(
 ) -> _Pass:
     task = _Pass()
     task.rows, task.chunks, task.segments = rows.data_ptr(), rows.shape[0], segments
-    task.grads, task.keep = _addresses(grads)
+    task.table = _addresses(grads)  # an attribute, not a field: it must live as long as the task
+    task.grads = ctypes.addressof(task.table)
     task.flat = len(grads) == 1
     task.grad_dtype = _DTYPES[grads[0].dtype] if grads else 0
     task.ema, task.previous, task.beta = _address(ema), _address(previous), beta
@@ -162,10 +162,8 @@ def _task(
     return task
 
 
-def _addresses(tensors: Sequence[Tensor]) -> tuple[int, object]:
-    """Address of a table of the tensors' addresses, and what must be kept alive meanwhile."""
-    table = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-    return ctypes.addressof(table), table
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*map(Tensor.data_ptr, tensors))
 
 
 def _address(t: Tensor | None) -> int | None:

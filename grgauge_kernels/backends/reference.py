@@ -19,6 +19,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
+@torch.no_grad()
 def measure_(
     grads: list[Tensor],
     rows: Tensor,
@@ -37,6 +38,7 @@ def measure_(
     return stats
 
 
+@torch.no_grad()
 def adamw_(
     params: list[Tensor],
     grads: list[Tensor],

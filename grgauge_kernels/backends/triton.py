@@ -193,9 +193,9 @@ def _launch(
                 MAXIMIZE=maximize,
                 LARGEST=LARGEST,
                 LANES=THREADS,
-                # 16 bytes a thread of the widest dtype that is in play. Two-byte gradients beside float32 states stay
-                # at 4 elements, 256 contiguous bytes a warp: with 8, Triton sends every float32 store through shared
-                # memory, and sm_90 needs 64 to 102 registers where it needs 40.
+                # 16 bytes a thread. Two-byte streams beside float32 ones get 8 bytes, still 256 in a row for a warp:
+                # with 16, Triton sends every float32 store through shared memory, and needs 64 to 102 registers on
+                # sm_90 where it now needs 40.
                 BLOCK=THREADS * (16 // grad_size if reads_only else 4),
                 **_options(rows.device),
             )

@@ -66,7 +66,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))  # type: ignore[no-any-return]
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class CharTransformer(nn.Module):
@@ -82,7 +82,7 @@ class CharTransformer(nn.Module):
 
     def forward(self, characters: Tensor) -> Tensor:
         x = self.tokens(characters) + self.positions.weight[: characters.shape[1]]
-        return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.blocks(x)))
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def train(run: Run, text: Text, seed: int = 0) -> Iterator[None]:
         total = 0.0
         for piece in batch.chunk(MICRO_BATCHES):
             loss = F.cross_entropy(model(piece[:, :-1]).flatten(0, 1), piece[:, 1:].flatten()) / MICRO_BATCHES
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             gauge.micro_step()
             total += loss.item()
         optimizer.step()
@@ -214,7 +214,7 @@ def conclusion(runs: Sequence[Run], target: Target | None = None) -> str:
     nearest = min(read, key=lambda pair: pair[0])[1]
     if best is nearest:
         return f"The lowest loss and the GR_T nearest to {target.gr_t:g} are the same run's: lr {best.lr:.0e}."
-    return f"The lowest loss is that of lr {best.lr:.0e}; the GR_T nearest to {target.gr_t:g} that of lr {nearest.lr:.0e}."
+    return f"The lowest loss is lr {best.lr:.0e}'s, the GR_T nearest to {target.gr_t:g} is lr {nearest.lr:.0e}'s."
 
 
 def _settled_gr_t(run: Run) -> float | None:

@@ -36,8 +36,10 @@ def examine() -> dict[str, Any]:
             "instruction_set": cpu.isa() if backends["cpu"] is True else None,
         },
         "cuda": [_cuda(index) for index in range(torch.cuda.device_count())],
-        "backends": {name: {"available": state is True, "reason": None if state is True else state}
-                     for name, state in backends.items()},
+        "backends": {
+            name: {"available": state is True, "reason": None if state is True else state}
+            for name, state in backends.items()
+        },
         "device": device,
         "ok": bool(working),
         "conclusion": (

@@ -57,7 +57,8 @@ def train_live(runs: Sequence[Run], text: Text, seed: int) -> None:
 def _table(runs: Iterable[Run]) -> Table:
     from rich.table import Table
 
-    table = Table(caption=f"A finished run shows the medians of steps {WINDOW[0]} to {WINDOW[1]}.", caption_justify="left")
+    first, last = WINDOW
+    table = Table(caption=f"A finished run shows its medians over steps {first} to {last}.", caption_justify="left")
     for name in ("lr", "step", "loss", "GR_T", "GR_S", "noise scale"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=24)

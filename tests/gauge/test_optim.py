@@ -10,6 +10,7 @@ import pytest
 import torch
 import truth
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import grgauge
 from grgauge import AdamW
@@ -447,6 +448,43 @@ def test_nonfinite_gradients_do_what_they_do_in_torch(flat):
     for p, q in zip(train(lambda p: AdamW(p, flat=flat)), train(torch.optim.AdamW), strict=True):
         assert torch.equal(p.isfinite(), q.isfinite())
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def test_hooks_run_once_and_the_profiler_sees_the_step():
+    params = parameters()
+    optimizer = AdamW(params)
+    called = []
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *_: called.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: called.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: called.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: called.append("global post")),
+    ]
+    advance(optimizer, params, 1)
+    assert sorted(called) == ["global post", "global pre", "post", "pre"]
+    for hook in hooks:
+        hook.remove()
+    advance(optimizer, params, 1, start=1)
+    assert len(called) == 4
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        advance(optimizer, params, 1, start=2)
+    assert "Optimizer.step#AdamW.step" in {event.name for event in profile.events()}
+
+
+@FLAT
+def test_a_graph_from_before_the_step_refuses_its_backward(flat):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = AdamW(net.parameters(), flat=flat)
+    loss = net(torch.randn(2, 3)).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    stale = net(torch.randn(2, 3)).square().sum()
+    stale.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
 
 
 def test_one_kernel_call_a_bucket_and_no_loop_over_tensors_on_the_flat_path(monkeypatch):

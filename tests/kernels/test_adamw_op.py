@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_alignment_and_chunking_never_change_a_bit_of_the_update(backend):
     n = 3 * CHUNK
     whole, parts = Problem(sizes=[n]), Problem(sizes=[n])
     cuts = [0, 5, 5 + CHUNK, 2 * CHUNK + 1, n]
-    cut = [[t[0][a:b] for a, b in zip(cuts, cuts[1:], strict=False)] for t in
+    cut = [[t[0][a:b] for a, b in pairwise(cuts)] for t in
            (parts.params, parts.grads, parts.exp_avgs, parts.exp_avg_sqs)]  # fmt: skip
     whole.run(backend=backend)
     gk.adamw_(*cut, gk.Bucket(cut[0]).plan(), step=3, backend=backend, **PLAIN)

@@ -194,6 +194,18 @@ def test_adamw_matches_float64(dtype, param_dtype, layout):
 
 
 @needs_triton
+@pytest.mark.parametrize("step", [1.0, 2.0, 1000.0, 1e7])
+def test_bias_correction_keeps_its_digits(step):
+    """From a parameter of zero, so that what is compared is the update: 1 - 0.999 in float32 is off by 5e-5."""
+    p = Problem([100], torch.float32)
+    p.params[0].zero_()
+    exact = truth.Adamw(*(t[0].double() for t in (p.params, p.exp_avgs, p.exp_avg_sqs)))
+    p.adamw(step, lr=1.0)
+    exact.step(p.grads[0], step, **HYPER | {"lr": 1.0})
+    torch.testing.assert_close(p.params[0].double(), exact.param, rtol=1e-6, atol=1e-8)
+
+
+@needs_triton
 def test_a_hundred_steps_of_torch_adamw():
     p = Problem([100], torch.float32)
     for state in (*p.exp_avgs, *p.exp_avg_sqs):

@@ -186,6 +186,7 @@ def inspect_cuda(kernel: Any) -> dict[str, Any]:
         "stores": widths(op for op in instructions if op.startswith("STG")),
         "atomics": sum(op.startswith(("RED.", "REDG", "ATOM")) for op in instructions),
         "barriers": sum(op.startswith("BAR") for op in instructions),
+        "bf16_rounding": sorted(set(re.findall(r"\bcvt\.(\w+)(?:\.\w+)*\.bf16(?:x2)?\.f32\b", kernel.asm["ptx"]))),
     }
 
 
