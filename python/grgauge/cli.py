@@ -120,9 +120,14 @@ def _demo(options: argparse.Namespace) -> int:
     if out is None:
         print(f"No picture: it needs matplotlib: {INSTALL}", file=sys.stderr)
 
+    import torch
+
     from . import demo, progress
     from .policy import Target
 
+    # The model is too small to share out: threads would mostly wait for each other, and on a busy machine for long.
+    # One thread also gives the same numbers whatever the number of cores.
+    torch.set_num_threads(1)
     text = demo.Text.manual()
     runs = [demo.Run(lr, options.steps) for lr in demo.LEARNING_RATES]
     started = time.perf_counter()

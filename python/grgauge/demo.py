@@ -25,7 +25,7 @@ from .reading import Reading
 LEARNING_RATES = (1e-4, 2e-3, 3e-2)
 """Far too low, the one with the lowest loss of a sweep over 1e-4 ... 1e-1, far too high."""
 
-BATCH_SIZE = 32
+BATCH_SIZE = 24
 MICRO_BATCHES = 4
 CONTEXT = 64
 

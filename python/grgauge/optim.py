@@ -40,6 +40,10 @@ class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW in one pass over the gradients, with the sums that the gauges need taken on the way.
 
     params, lr, betas, eps, weight_decay, maximize   as in torch.optim.AdamW; lr may be a tensor of one element
+    max_grad_norm   clip the gradients of all groups together to this L2 norm, as torch.nn.utils.clip_grad_norm_ does,
+              without a pass of its own over them: one to read the norm, one to update. `grad_norm` then holds the
+              norm before clipping. p.grad itself is left as it is
+    skip_nonfinite  with max_grad_norm: where the norm is not finite, change nothing at all in that step
     flat      re-home parameters and gradients as views of one flat buffer per group, device and dtype, so that a step's
               host work does not grow with their number (`grgauge_kernels.FlatBuckets`)
     backend   a name from `grgauge_kernels.backends()`, or None for the best one of each device
@@ -69,6 +73,8 @@ class AdamW(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         flat: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -85,6 +91,15 @@ class AdamW(torch.optim.Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
+        if skip_nonfinite and max_grad_norm is None:
+            raise ValueError(
+                "skip_nonfinite=True needs max_grad_norm: without it the norm is not known before the step"
+            )
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.grad_norm: Tensor | None = None
         self._flat = flat
         self._backend = backend
         self._observers: list[Callable[[list[BucketSums]], None]] = []
@@ -133,11 +148,34 @@ class AdamW(torch.optim.Optimizer):
         parts = self._ready_parts()
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        clip = None
+        if self.max_grad_norm is not None and parts:
+            clip, found_inf = self._clip(self.max_grad_norm, parts, inv_scale, found_inf)
         sums = bool(self._observers)
-        seen = [part.step(inv_scale, found_inf, sums, self._backend) for part in parts]
+        seen = [part.step(inv_scale, found_inf, clip, sums, self._backend) for part in parts]
         for observer in self._observers:
             observer(seen)
         return loss
+
+    def _clip(
+        self, max_norm: float, parts: list[_Part], inv_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The factor that brings the norm of all gradients down to max_norm, and found_inf with `skip_nonfinite`."""
+        device = parts[0].steps.device
+        columns = torch.stack([part.measure(inv_scale, self._backend).sum(0).to(device) for part in parts]).sum(0)
+        broken = columns[gk.STATS.index("nonfinite")] > 0
+        norm = columns[gk.STATS.index("grad_sq")].sqrt()
+        if device.type != "cpu":
+            norm = norm.where(~broken, torch.nan)
+        elif broken:
+            # The sums left something out: NaN, an infinity or a huge number, which clip_grad_norm_ tells apart.
+            grads = [p.grad for part in parts for p in part.params if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads).double() * (1.0 if inv_scale is None else inv_scale)
+        self.grad_norm = norm.float()
+        if self.skip_nonfinite:
+            skip = (~norm.isfinite()).float()
+            found_inf = skip if found_inf is None else torch.maximum(skip, found_inf.to(device).reshape(()))
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), found_inf
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
@@ -168,8 +206,10 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_flat", False)
-        self.__dict__.setdefault("_backend", None)
+        # An unpickled or copied optimizer has only what torch keeps: it goes on with loose tensors.
+        unset = {"max_grad_norm": None, "skip_nonfinite": False, "grad_norm": None, "_flat": False, "_backend": None}
+        for name, value in unset.items():
+            self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_observers", [])
         self._parts = None
         for group in self.param_groups:
@@ -276,7 +316,17 @@ class _Part:
         self.plan, self.present = self.plans[missing]
         return True
 
-    def step(self, inv_scale: Tensor | None, found_inf: Tensor | None, sums: bool, backend: str | None) -> BucketSums:
+    def measure(self, inv_scale: Tensor | None, backend: str | None) -> Tensor:
+        return gk.measure_(self.grad_stream, self.plan, inv_scale=_on(self.steps.device, inv_scale), backend=backend)
+
+    def step(
+        self,
+        inv_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip: Tensor | None,
+        sums: bool,
+        backend: str | None,
+    ) -> BucketSums:
         group, device = self.group, self.steps.device
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != device:
@@ -296,6 +346,7 @@ class _Part:
             weight_decay=group["weight_decay"],
             inv_scale=inv_scale,
             found_inf=found_inf,
+            clip=_on(device, clip),
             maximize=group["maximize"],
             sums=sums,
             backend=backend,

@@ -37,7 +37,7 @@ def draw_plane(
     target: Target | None = None,
     marks: Mapping[str, Point] | None = None,
 ) -> None:
-    """Draw the plane, its landmarks and its health box, and each path from its first point (ring) to its last (arrow).
+    """Draw the plane, its landmarks and its health box, and each path from its first point (ring) to its last (disc).
 
     paths   label -> points in the order of time; a path of one point is a ring
     target  the health box; None: the published one
@@ -46,9 +46,9 @@ def draw_plane(
     target = target or Target()
     points = [point for line in paths.values() for point in line] + list((marks or {}).values())
     landmarks = {
-        theory.aligned(): "1\ngradients agree",
-        theory.uncorrelated(): "19\nuncorrelated",
-        theory.period2(): "361\nflip every step",
+        theory.aligned(): "gradients agree",
+        theory.uncorrelated(): "uncorrelated",
+        theory.period2(): "flip every step",
     }
     axes.set_xscale("log")
     axes.set_xlim(
@@ -56,11 +56,11 @@ def draw_plane(
         max([1.4 * theory.period2(), *(1.2 * gr_t for gr_t, _ in points)]),
     )
     axes.set_ylim(0.0, 1.0)
-    axes.set_xlabel("GR$_T$, temporal redundancy      ← LR too low   ·   LR too high →")
-    axes.set_ylabel("GR$_S$, spatial redundancy      ← batch too large   ·   batch too small →")
+    axes.set_xlabel("← LR too low      GR$_T$      LR too high →")
+    axes.set_ylabel("← batch too large      GR$_S$      batch too small →")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     above = axes.secondary_xaxis("top")
-    above.set_xticks(list(landmarks), list(landmarks.values()))
+    above.set_xticks(list(landmarks), [f"{gr_t:.0f}\n{meaning}" for gr_t, meaning in landmarks.items()])
     above.tick_params(which="minor", length=0)
     above.tick_params(colors=INK, labelsize="small")
     for landmark in landmarks:
@@ -84,22 +84,29 @@ def draw_plane(
         color = COLORS[i % len(COLORS)]
         _draw_path(axes, line, color, label)
         if marks and label in marks:
-            axes.plot(*marks[label], "*", color=color, markersize=17, markeredgecolor="white", zorder=6)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, handlelength=1.6)
+            axes.plot(*marks[label], "*", color=color, markersize=19, markeredgecolor="white", markeredgewidth=1.5, zorder=6)
+    key = "○ first   ● last reading" + ("   ★ what the verdict rests on" if marks else "")
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        frameon=False,
+        handlelength=1.6,
+        title=key,
+        title_fontproperties={"size": "small"},
+    )
 
 
 def _draw_path(axes: Axes, line: Sequence[Point], color: str, label: str) -> None:
-    """A line that grows heavier with time: a ring at its start, an arrow head at its end."""
+    """A line that grows heavier with time: a ring at its start, a disc at its end."""
     axes.plot([], [], color=color, linewidth=2.5, label=label)
     if not line:
         return
-    axes.plot(*line[0], "o", markerfacecolor="white", markeredgecolor=color, markeredgewidth=1.6, zorder=5)
     for k in range(1, len(line)):
         age = k / (len(line) - 1)
-        axes.plot(*zip(line[k - 1], line[k], strict=True), color=color, alpha=0.25 + 0.65 * age, linewidth=1 + age)
-    if len(line) > 1:
-        arrow = {"arrowstyle": "-|>", "color": color, "mutation_scale": 20, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", xy=line[-1], xytext=line[-2], arrowprops=arrow, zorder=5)
+        segment = zip(line[k - 1], line[k], strict=True)
+        axes.plot(*segment, color=color, alpha=0.25 + 0.65 * age, linewidth=1 + age, zorder=3)
+    axes.plot(*line[-1], "o", color=color, markersize=8, zorder=5)
+    axes.plot(*line[0], "o", color=color, markersize=7, markerfacecolor="white", markeredgewidth=1.6, zorder=5)
 
 
 def save_plane(

@@ -24,7 +24,9 @@ class FusedSource:
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, beta: float) -> bool:
-        return isinstance(optimizer, AdamW) and all(group["betas"][0] == beta for group in optimizer.param_groups)
+        """Clipping inside the step makes the first moment one of clipped gradients; the gauge reads raw ones."""
+        fused = isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None
+        return fused and all(group["betas"][0] == beta for group in optimizer.param_groups)
 
     def problem(self) -> str | None:
         """Why GR_T cannot be told just now."""

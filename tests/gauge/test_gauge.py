@@ -18,6 +18,7 @@ from grgauge import AdamW, Gauge, theory
 OPTIMIZERS = {
     "ours, fused": lambda p: AdamW(p, lr=1e-3),
     "ours, flat": lambda p: AdamW(p, lr=1e-3, flat=True),
+    "ours, clipping": lambda p: AdamW(p, lr=1e-3, max_grad_norm=0.3),
     "ours, other beta1": lambda p: AdamW(p, lr=1e-3, betas=(0.8, 0.99)),
     "torch AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),

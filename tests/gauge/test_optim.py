@@ -401,6 +401,13 @@ def test_bad_options_are_named(options, text):
     assert len(optimizer.param_groups) == 1
 
 
+def test_bad_clipping_options_are_named():
+    with pytest.raises(ValueError, match=r"max_grad_norm is 0\.0; it must be above 0"):
+        AdamW(parameters(), max_grad_norm=0.0)
+    with pytest.raises(ValueError, match="skip_nonfinite=True needs max_grad_norm"):
+        AdamW(parameters(), skip_nonfinite=True)
+
+
 def test_bad_parameters_are_named():
     with pytest.raises(TypeError, match=r"params\[1\] has dtype torch.float64"):
         AdamW([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).double())])
@@ -448,6 +455,81 @@ def test_nonfinite_gradients_do_what_they_do_in_torch(flat):
     for p, q in zip(train(lambda p: AdamW(p, flat=flat)), train(torch.optim.AdamW), strict=True):
         assert torch.equal(p.isfinite(), q.isfinite())
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@FLAT
+@pytest.mark.parametrize("max_norm", [0.5, 80.0, 1e9])
+def test_clipping_inside_the_step_equals_clip_grad_norm(max_norm, flat):
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours, lr=1e-2, max_grad_norm=max_norm, flat=flat)
+    reference = torch.optim.AdamW(theirs, lr=1e-2)
+    for t in range(50):
+        for p, q, g in zip(ours, theirs, gradients(t, theirs, scale=1.0 + (t % 3)), strict=True):
+            p.grad = g.clone() if p.grad is None else p.grad.copy_(g)
+            q.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        reference.step()
+        optimizer.step()
+        assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-5)
+    assert_close(ours, theirs)
+
+
+@FLAT
+@pytest.mark.parametrize("bad", [{3: float("inf")}, {3: float("nan")}, {3: float("inf"), 4: -float("inf")}, {3: 3e16}])
+def test_clipping_meets_nonfinite_norms_as_clip_grad_norm_does(bad, flat):
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours, max_grad_norm=1.0, flat=flat)
+    reference = torch.optim.AdamW(theirs)
+    for t in range(3):
+        made = gradients(t, theirs)
+        if t == 1:
+            for place, value in bad.items():
+                made[2][place] = value
+        for p, q, g in zip(ours, theirs, made, strict=True):
+            p.grad = g.clone() if p.grad is None else p.grad.copy_(g)
+            q.grad = g
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+        optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@FLAT
+def test_a_step_whose_norm_is_not_finite_can_be_skipped(flat):
+    params = parameters()
+    optimizer = AdamW(params, max_grad_norm=1.0, skip_nonfinite=True, flat=flat)
+    advance(optimizer, params, 3)
+    before = [p.detach().clone() for p in params]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    params[2].grad[7] = float("nan")
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    for i, kept in state.items():
+        assert all(torch.equal(value, optimizer.state_dict()["state"][i][key]) for key, value in kept.items())
+    assert not optimizer.grad_norm.isfinite()
+    advance(optimizer, params, 1, start=3)
+    assert not torch.equal(params[2], before[2])
+    assert {float(s["step"]) for s in optimizer.state.values()} == {4.0}
+
+
+def test_clipping_under_a_grad_scaler_sees_the_unscaled_norm():
+    def train(scaled):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 4)
+        optimizer = AdamW(net.parameters(), lr=1e-2, max_grad_norm=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=scaled)
+        for t in range(8):
+            optimizer.zero_grad()
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(t))
+            scaler.scale(net(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return list(net.parameters()), float(optimizer.grad_norm)
+
+    (ours, norm), (plain, plain_norm) = train(True), train(False)
+    assert_close(ours, plain)
+    assert norm == pytest.approx(plain_norm, rel=1e-5)
 
 
 def test_hooks_run_once_and_the_profiler_sees_the_step():

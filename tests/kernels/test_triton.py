@@ -120,7 +120,7 @@ def test_measure_matches_float64(dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_measure_without_states(dtype, layout):
-    p = Problem([CHUNK + 1100, 5], dtype, layout)
+    p = Problem([1100, 5], dtype, layout)
     stats = p.measure(states=False)
     for row, g in zip(stats, p.segments, strict=True):
         expected = truth.sums(g.double().cpu(), None, None, truth.finite(g).cpu())
@@ -144,8 +144,16 @@ def test_a_sampled_plan_touches_only_its_elements(layout):
 
 
 @needs_triton
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        (torch.float32, float("nan")),
+        (torch.float32, float("inf")),
+        (torch.float32, 3e16),
+        (torch.bfloat16, -float("inf")),
+        (torch.float16, float("nan")),
+    ],
+)
 def test_nonfinite_elements_are_counted_and_left_out(dtype, bad):
     p = Problem([CHUNK + 700], dtype)
     where = torch.tensor([0, 511, 512, 1023, CHUNK - 1, CHUNK, CHUNK + 512, CHUNK + 699])
@@ -196,13 +204,14 @@ def test_adamw_matches_float64(dtype, param_dtype, layout):
 @needs_triton
 @pytest.mark.parametrize("step", [1.0, 2.0, 1000.0, 1e7])
 def test_bias_correction_keeps_its_digits(step):
-    """From a parameter of zero, so that what is compared is the update: 1 - 0.999 in float32 is off by 5e-5."""
+    """From zeros, so that what is compared is the update and nothing cancels: 1 - 0.999 in float32 is off by 5e-5."""
     p = Problem([100], torch.float32)
-    p.params[0].zero_()
+    for t in (*p.params, *p.exp_avgs, *p.exp_avg_sqs):
+        t.zero_()
     exact = truth.Adamw(*(t[0].double() for t in (p.params, p.exp_avgs, p.exp_avg_sqs)))
     p.adamw(step, lr=1.0)
     exact.step(p.grads[0], step, **HYPER | {"lr": 1.0})
-    torch.testing.assert_close(p.params[0].double(), exact.param, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(p.params[0].double(), exact.param, rtol=1e-6, atol=0)
 
 
 @needs_triton
