@@ -10,6 +10,11 @@ if not torch.cuda.is_available():
 from grgauge_kernels.backends import cpu
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["reference", "avx512", "avx2", "portable"])
 def backend(request):
     """A backend by name; the CPU kernel once for each instruction set."""

@@ -39,6 +39,7 @@ struct F {
   static int count(__m256 mask) { return __builtin_popcount(_mm256_movemask_ps(mask)); }
 };
 
+F operator+(F a, F b) { return {_mm256_add_ps(a.x, b.x)}; }
 F operator-(F a, F b) { return {_mm256_sub_ps(a.x, b.x)}; }
 F operator*(F a, F b) { return {_mm256_mul_ps(a.x, b.x)}; }
 F operator/(F a, F b) { return {_mm256_div_ps(a.x, b.x)}; }
@@ -52,11 +53,6 @@ struct D {
   void add(F a) {
     low = _mm256_add_pd(low, lower(a));
     high = _mm256_add_pd(high, upper(a));
-  }
-  void add_square(F a) {
-    const __m256d l = lower(a), h = upper(a);
-    low = _mm256_fmadd_pd(l, l, low);
-    high = _mm256_fmadd_pd(h, h, high);
   }
   double total() const {
     alignas(32) double lane[4];

@@ -86,11 +86,11 @@ int grgauge_cpu_pass(const grgauge_pass* pass, int threads) {
   if (!pass->chunks) return GRGAUGE_OK;
 
   static thread_local std::vector<double> partials; /* kept: a fresh one would be paged in anew at every step */
-  if (pass->stats) try {
-      partials.resize(pass->chunks * GRGAUGE_SUMS);
-    } catch (const std::bad_alloc&) {
-      return GRGAUGE_OUT_OF_MEMORY;
-    }
+  try {
+    partials.resize(pass->chunks * GRGAUGE_SUMS);
+  } catch (const std::bad_alloc&) {
+    return GRGAUGE_OUT_OF_MEMORY;
+  }
   const grgauge_row& last = pass->rows[pass->chunks - 1];
   const int64_t useful = std::max<int64_t>(1, std::min(pass->chunks, (last.state + last.length) / kGrain));
   Job job{*pass, visit, partials.data()};

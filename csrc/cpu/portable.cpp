@@ -97,6 +97,9 @@ struct F {
   }
 };
 
+F operator+(const F& a, const F& b) {
+  return F::make([&](int i) { return a.x[i] + b.x[i]; });
+}
 F operator-(const F& a, const F& b) {
   return F::make([&](int i) { return a.x[i] - b.x[i]; });
 }
@@ -117,9 +120,6 @@ struct D {
 
   void add(const F& a) {
     for (int i = 0; i < F::W; ++i) x[i] += double(a.x[i]);
-  }
-  void add_square(const F& a) {
-    for (int i = 0; i < F::W; ++i) x[i] += double(a.x[i]) * double(a.x[i]);
   }
   double total() const {
     double sum = 0.0;
