@@ -134,7 +134,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.json:
         progress.train_quietly(runs, text, options.seed)
     else:
-        print(demo.INTRODUCTION)
+        print(demo.INTRODUCTION, flush=True)
         (progress.train_live if live else progress.train_in_lines)(runs, text, options.seed)
         print(demo.conclusion(runs))
     seconds = time.perf_counter() - started
@@ -247,3 +247,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -84,7 +84,9 @@ def draw_plane(
         color = COLORS[i % len(COLORS)]
         _draw_path(axes, line, color, label)
         if marks and label in marks:
-            axes.plot(*marks[label], "*", color=color, markersize=19, markeredgecolor="white", markeredgewidth=1.5, zorder=6)
+            axes.plot(
+                *marks[label], "*", color=color, markersize=19, markeredgecolor="white", markeredgewidth=1.5, zorder=6
+            )
     key = "○ first   ● last reading" + ("   ★ what the verdict rests on" if marks else "")
     axes.legend(
         loc="upper center",

@@ -54,12 +54,12 @@ def verdict(reading: Reading, target: Target | None = None) -> str:
     target = target or Target()
     lr, batch = target.lr_factor(reading), target.batch_factor(reading)
     parts = [
-        "GR_T not available" if lr is None else _say("LR", 1.0 / lr),
-        "GR_S not available" if batch is None else _say("batch", 1.0 / batch),
+        "GR_T not available" if lr is None else _say("LR", 1.0 / lr, "low", "high"),
+        "GR_S not available" if batch is None else _say("batch", 1.0 / batch, "small", "large"),
     ]
     return ", ".join(parts) + ("" if reading.ready else " (not ready yet)")
 
 
-def _say(name: str, excess: float) -> str:
+def _say(name: str, excess: float, less: str, more: str) -> str:
     times = f"{max(excess, 1 / excess):.1f}"
-    return f"{name} about right" if times == "1.0" else f"{name} {times}× too {'high' if excess > 1.0 else 'low'}"
+    return f"{name} about right" if times == "1.0" else f"{name} {times}× too {more if excess > 1.0 else less}"

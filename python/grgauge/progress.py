@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .demo import WINDOW, Run, Text, train
+from .demo import Run, Text, train
 from .policy import Target
 from .reading import Reading
 
@@ -57,8 +57,7 @@ def train_live(runs: Sequence[Run], text: Text, seed: int) -> None:
 def _table(runs: Iterable[Run]) -> Table:
     from rich.table import Table
 
-    first, last = WINDOW
-    table = Table(caption=f"A finished run shows its medians over steps {first} to {last}.", caption_justify="left")
+    table = Table(caption="A finished run shows what its verdict rests on.", caption_justify="left")
     for name in ("lr", "step", "loss", "GR_T", "GR_S", "noise scale"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=24)
