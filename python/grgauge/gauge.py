@@ -13,9 +13,10 @@ import torch
 
 import grgauge_kernels as gk
 
-from .estimators import Spatial, Temporal, two_batch
+from .estimators import two_batch
 from .optim import AdamW, BucketSums
 from .reading import Reading, SegmentReading
+from .smoothing import Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample
 from .theory import finite_time_factor
 from .transfer import Transfer

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -131,6 +132,8 @@ class AdamW(torch.optim.Optimizer):
 
         Raises RuntimeError for sparse gradients, before anything is changed.
         """
+        if torch.compiler.is_compiling():
+            return self._untraced_step(closure)
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         if hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or profiler._is_profiler_enabled:
             return self._hooked_step(closure)
@@ -178,6 +181,9 @@ class AdamW(torch.optim.Optimizer):
         return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), found_inf
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+    # As with torch's own optimizers, the graph of a compiled training function ends before the step and goes on behind
+    # it: which buckets there are is found out anew at every step, and one kernel call leaves nothing to fuse.
+    _untraced_step = _disable_dynamo(_hooked_step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With flat=True gradients are zeroed in place, whatever `set_to_none` says: they stay views."""

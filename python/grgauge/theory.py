@@ -38,21 +38,21 @@ __all__ = [
 ]
 
 
-def _require(ok: bool, name: str, value: object, must: str) -> None:
+def require(ok: bool, name: str, value: object, must: str) -> None:
     if not ok:
         raise ValueError(f"{name} must be {must}, got {value!r}")
 
 
 def _require_beta(beta: float) -> None:
-    _require(0.0 < beta < 1.0, "beta", beta, "inside (0, 1)")
+    require(0.0 < beta < 1.0, "beta", beta, "inside (0, 1)")
 
 
-def _require_batch(batch_size: float) -> None:
-    _require(1.0 <= batch_size < math.inf, "batch_size", batch_size, "finite and at least 1 sample")
+def require_batch(batch_size: float) -> None:
+    require(1.0 <= batch_size < math.inf, "batch_size", batch_size, "finite and at least 1 sample")
 
 
 def _require_noise_scale(noise_scale: float) -> None:
-    _require(0.0 <= noise_scale < math.inf, "noise_scale", noise_scale, "finite and at least 0")
+    require(0.0 <= noise_scale < math.inf, "noise_scale", noise_scale, "finite and at least 0")
 
 
 # --- GR_T: exact landmarks -------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def finite_time_factor(t: float, beta: float = 0.9) -> float:
     20, 0.99 at 50. A target for GR_T is compared with a young reading only after scaling by this. 0 at t = 0.
     """
     _require_beta(beta)
-    _require(t >= 0.0, "t", t, "at least 0")
+    require(t >= 0.0, "t", t, "at least 0")
     # (1 - e^-2y) / (1 + e^-2y) is tanh(y), which keeps its digits for beta near 1
     return math.tanh(-0.5 * t * math.log(beta))
 
@@ -92,14 +92,14 @@ def autocorrelated(correlation: float, beta: float = 0.9) -> float:
     `correlation` c in [-1, 1] is the mean inner product of successive gradients over their mean square. One curve
     through all three landmarks: c = 1 reads 1, c = 0 reads 19, c = -1 reads 361. The source's target 20 is c = -0.028.
     """
-    _require(-1.0 <= correlation <= 1.0, "correlation", correlation, "in [-1, 1]")
+    require(-1.0 <= correlation <= 1.0, "correlation", correlation, "in [-1, 1]")
     return uncorrelated(beta) * (1.0 - correlation * beta) / (1.0 + correlation * beta)
 
 
 def autocorrelation(gr_t: float, beta: float = 0.9) -> float:
     """The inverse of `autocorrelated`: the correlation of successive gradients that a settled GR_T amounts to."""
     low, high = aligned(), period2(beta)
-    _require(low <= gr_t <= high, "gr_t", gr_t, f"between {low:g} and {high:g}, the range of GR_T at beta = {beta:g}")
+    require(low <= gr_t <= high, "gr_t", gr_t, f"between {low:g} and {high:g}, the range of GR_T at beta = {beta:g}")
     white = uncorrelated(beta)
     return (white - gr_t) / (beta * (white + gr_t))
 
@@ -110,8 +110,8 @@ def steady_signal(signal_to_noise: float, beta: float = 0.9, t: float | None = N
     At 0.9: s = 1 -> 1.9, 0.1 -> 7.2, 0.01 -> 16.1, 0 -> 19, inf -> 1. Below s of about 0.003 the gauge is blind to the
     learning rate. `t` counts iterations since a cold start; None means long after it. (Ratio of expectations.)
     """
-    _require(signal_to_noise >= 0.0, "signal_to_noise", signal_to_noise, "at least 0")
-    _require(t is None or t >= 1.0, "t", t, "None or at least 1 iteration")
+    require(signal_to_noise >= 0.0, "signal_to_noise", signal_to_noise, "at least 0")
+    require(t is None or t >= 1.0, "t", t, "None or at least 1 iteration")
     white = uncorrelated(beta) * (1.0 if t is None else finite_time_factor(t, beta))
     if math.isinf(signal_to_noise):
         return aligned()
@@ -134,9 +134,9 @@ def _lemma1_arguments(
 ) -> tuple[float, float, float, float]:
     """Checked (r, t, d_v, d_m)."""
     _require_beta(beta)
-    _require(0.0 <= curvature_lr < math.inf, "curvature_lr", curvature_lr, "finite and at least 0")
-    _require(0.0 <= noise_ratio < math.inf, "noise_ratio", noise_ratio, "finite and at least 0")
-    _require(t is None or 1.0 <= t < math.inf, "t", t, "None or finite and at least 1 iteration")
+    require(0.0 <= curvature_lr < math.inf, "curvature_lr", curvature_lr, "finite and at least 0")
+    require(0.0 <= noise_ratio < math.inf, "noise_ratio", noise_ratio, "finite and at least 0")
+    require(t is None or 1.0 <= t < math.inf, "t", t, "None or finite and at least 1 iteration")
     if t is None:
         t = 1.0 / (1.0 - beta)
         if abs(t - round(t)) <= 1e-9 * t:  # 1 / (1 - 0.9) is 10.000000000000002, and integers carry on below q = 0
@@ -150,21 +150,21 @@ def _lemma1_arguments(
         d_m = max(d_m, -1.0)
     if min(d_v, d_m) < -1.0:
         whole, even = t == math.floor(t), t % 2.0 == 0.0
-        _require(
+        require(
             whole,
             "curvature_lr",
             curvature_lr,
             f"at most min(1, (1 + noise_ratio) / 2) = {min(1.0, 0.5 * r)!r} when t is not an integer (t = {t!r} is a "
             "power of a negative number)",
         )
-        _require(
+        require(
             not (even and d_v <= -2.0),
             "curvature_lr",
             curvature_lr,
             f"below (1 + beta)(1 + noise_ratio) / 2 = {0.5 * (1.0 + beta) * r!r} when t is even (from there on Lemma 1 "
             "has negative mean squares)",
         )
-        _require(
+        require(
             not (even and d_m == -2.0),
             "curvature_lr",
             curvature_lr,
@@ -280,7 +280,7 @@ def gr_t_slope(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: fl
 
 def expected_gr_s(batch_size: float, noise_scale: float) -> float:
     """GR_S at a batch of B samples: (1 + mu) / (B + mu), in (0, 1] (Lemma 2; a ratio of expectations)."""
-    _require_batch(batch_size)
+    require_batch(batch_size)
     _require_noise_scale(noise_scale)
     return (1.0 + noise_scale) / (batch_size + noise_scale)
 
@@ -298,7 +298,7 @@ def batch_for_gr_s(gr_s: float, noise_scale: float) -> float:
 
     0.724 mu + 1.72 at the source's target, 0.58.
     """
-    _require(0.0 < gr_s <= 1.0, "gr_s", gr_s, "in (0, 1]")
+    require(0.0 < gr_s <= 1.0, "gr_s", gr_s, "in (0, 1]")
     _require_noise_scale(noise_scale)
     return (1.0 + noise_scale * (1.0 - gr_s)) / gr_s
 
@@ -308,8 +308,8 @@ def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
 
     `gr_s` in [1/B, 1): 1/B means no noise, 1 would mean nothing but noise.
     """
-    _require_batch(batch_size)
-    _require(
+    require_batch(batch_size)
+    require(
         1.0 / batch_size <= gr_s < 1.0, "gr_s", gr_s, f"in [1/batch_size, 1) = [{1.0 / batch_size:g}, 1), its range"
     )
     return max(gr_s * batch_size - 1.0, 0.0) / (1.0 - gr_s)
@@ -317,8 +317,8 @@ def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
 
 def expected_xi(k: float, a: float) -> float:
     """xi_k of k groups, (1 + a) / (k + a) with a = mu / (samples per group) = n mu / B (Eq. 33). k >= 1, a >= 0."""
-    _require(1.0 <= k < math.inf, "k", k, "finite and at least 1 group")
-    _require(0.0 <= a < math.inf, "a", a, "finite and at least 0")
+    require(1.0 <= k < math.inf, "k", k, "finite and at least 1 group")
+    require(0.0 <= a < math.inf, "a", a, "finite and at least 0")
     return (1.0 + a) / (k + a)
 
 
@@ -341,7 +341,7 @@ def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
     The source rounds the upper end to 0.65, which is B = 0.54 mu. For a small noise scale, where half a critical batch
     would be less than one sample, a batch of one sample is meant.
     """
-    _require(noise_scale >= 0.0, "noise_scale", noise_scale, "at least 0")
+    require(noise_scale >= 0.0, "noise_scale", noise_scale, "at least 0")
     if math.isinf(noise_scale):
         return 0.5, 2.0 / 3.0
     critical = critical_batch(noise_scale)
@@ -350,7 +350,7 @@ def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
 
 def optimal_curvature_lr(batch_size: float, noise_scale: float) -> float:
     """Mean eigenvalue * learning rate that lowers the loss most in one step: 1 / (1 + mu/B), 1/2 at B = mu (Eq. 37)."""
-    _require_batch(batch_size)
+    require_batch(batch_size)
     return batch_size / (batch_size + critical_batch(noise_scale))
 
 

@@ -13,7 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from grgauge import theory
-from grgauge.estimators import Mean, Spatial, Temporal, gr_s, gr_t, noise_scale_from_xi, two_batch
+from grgauge.estimators import gr_s, gr_t, noise_scale_from_xi, two_batch
+from grgauge.smoothing import Mean, Spatial, Temporal
 
 SCALES = st.floats(1e-12, 1e12)
 SEEDS = st.integers(0, 2**32 - 1)

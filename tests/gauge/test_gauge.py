@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-import grgauge
 from grgauge import AdamW, Gauge, theory
+from grgauge.smoothing import Spatial
 
 OPTIMIZERS = {
     "ours, fused": lambda p: AdamW(p, lr=1e-3),
@@ -116,7 +116,7 @@ def test_gr_s_equals_the_two_batch_estimator(make, n):
     optimizer = make(net.parameters())
     gauge = Gauge(optimizer, 32, every=1)
     b = 32 // n
-    spatial = grgauge.estimators.Spatial()
+    spatial = Spatial()
     for t in range(8):
         optimizer.zero_grad()
         parts, so_far = [], 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -567,6 +568,34 @@ def test_a_graph_from_before_the_step_refuses_its_backward(flat):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
+
+
+@FLAT
+def test_a_compiled_training_function_trains_alike(flat):
+    def train(compiled):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 3))
+        optimizer = AdamW(net.parameters(), flat=flat)
+        gauge = grgauge.Gauge(optimizer, 16)
+
+        def step(x):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for t in range(6):
+            run(torch.randn(16, 10, generator=torch.Generator().manual_seed(t)))
+        return list(net.parameters()), gauge.reading()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        ours, reading = train(compiled=True)
+    plain, expected = train(compiled=False)
+    assert_close(ours, plain)
+    assert reading.gr_t == pytest.approx(expected.gr_t, rel=1e-4)
 
 
 def test_one_kernel_call_a_bucket_and_no_loop_over_tensors_on_the_flat_path(monkeypatch):
