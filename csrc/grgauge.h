@@ -17,7 +17,8 @@ extern "C" {
 /* Grows whenever grgauge_pass changes, so that a binding never fills another library's struct. */
 #define GRGAUGE_ABI 1
 
-enum { GRGAUGE_OK = 0, GRGAUGE_BAD_DTYPE = 1, GRGAUGE_OUT_OF_MEMORY = 2 };
+/* Codes from GRGAUGE_CUDA_ERROR on are CUDA's own, that much higher. */
+enum { GRGAUGE_OK = 0, GRGAUGE_BAD_DTYPE = 1, GRGAUGE_OUT_OF_MEMORY = 2, GRGAUGE_CUDA_ERROR = 1000000 };
 enum { GRGAUGE_F32 = 0, GRGAUGE_BF16 = 1, GRGAUGE_F16 = 2 };
 enum { GRGAUGE_SUMS = 6 }; /* sum g^2, sum m^2, sum |g|, sum delta^2, sum |delta|, count of non-finite g */
 
@@ -60,13 +61,24 @@ typedef struct {
   int32_t maximize;
 } grgauge_pass;
 
+/* In every library: the ABI it was built for, and what its codes mean. */
 GRGAUGE_API int grgauge_abi(void);
 GRGAUGE_API const char* grgauge_error(int code);
 
-/* Same bits for every `threads`. */
+/* libgrgauge_cpu. Same bits for every `threads`. */
 GRGAUGE_API int grgauge_cpu_pass(const grgauge_pass* pass, int threads);
 /* The instruction set in use ("avx512", "avx2" or "portable"); choosing a name first switches to it if it can run. */
 GRGAUGE_API const char* grgauge_cpu_isa(const char* choose);
+
+/* libgrgauge_cuda. All pointers in the pass point to memory of `device`; the tables of addresses too, and with `flat` a
+ * table's place is taken by the one address itself. Enqueues on `stream` and returns at once: the pass may go, what it
+ * points to must stay until the stream has come past. Same bits on every device.
+ *   lr_f32, lr_f64   where the learning rate stands on the device, in one precision or the other; both null: pass->lr
+ *   partials         scratch, GRGAUGE_SUMS * chunks floats on the device; null if stats is */
+GRGAUGE_API int grgauge_cuda_pass(const grgauge_pass* pass, const float* lr_f32, const double* lr_f64, float* partials,
+                                  int device, void* stream);
+/* GRGAUGE_OK if the library holds kernels that `device` and its driver can run. */
+GRGAUGE_API int grgauge_cuda_check(int device);
 
 #ifdef __cplusplus
 }

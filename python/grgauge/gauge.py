@@ -188,54 +188,41 @@ class Gauge:
     def _read(
         self, window: _Window, newest: _Row | None, ages: Array, groups: Sequence[_Row], nonfinite: int
     ) -> Reading:
-        notes = []
         age = float(ages.max(initial=0.0))
-        gr_t = gr_t_error = None
-        ready = False
-        if newest is None:
-            notes.append("GR_T not available: every step since the last reading was skipped")
-        elif (problem := self._source.problem()) is not None:
-            notes.append(problem)
-        else:
-            gr_t = _known(self._temporal.read(self._table.moment(newest, ages)))
-            gr_t_error = _known(self._temporal.standard_error)
-            missing = WARM_UP - min(age, self._temporal.steps)
-            ready = gr_t is not None and missing <= 0
-            if gr_t is None:
-                notes.append("GR_T not available: all gradients are zero")
-            elif not ready:
-                notes.append(f"GR_T not ready: needs {missing:.0f} more steps")
-
+        gr_t, temporal_problem = self._read_temporal(newest, ages)
         problem = self._take_groups(window, groups)
-        gr_s = gr_s_error = noise_scale = noise_scale_error = None
-        if self._spatial.readings and window.groups:
-            gr_s = _known(self._spatial.gr_s(window.batch_size))
-            gr_s_error = _known(self._spatial.gr_s_error(window.batch_size))
-            noise_scale = _known(self._spatial.noise_scale)
-            noise_scale_error = _known(self._spatial.noise_scale_error)
-            if problem is None and not self._spatial.ready:
-                steps = self._spatial.readings_until_ready * self.every
-                more = f"~{steps:.0f} more steps" if math.isfinite(steps) else "more signal"
-                problem = f"GR_S not ready: needs {more}"
-            ready = ready and self._spatial.ready
-        if problem is not None:
-            notes.append(problem)
+        spatial = self._spatial if groups and self._spatial.readings else None
+        if spatial is not None and problem is None and not spatial.ready:
+            steps = spatial.readings_until_ready * self.every
+            problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
         return Reading(
             step=window.step,
             batch_size=window.batch_size,
             gr_t=gr_t,
-            gr_t_error=gr_t_error,
+            gr_t_error=_known(self._temporal.standard_error) if gr_t is not None else None,
             settled=finite_time_factor(age, self.beta),
-            gr_s=gr_s,
-            gr_s_error=gr_s_error,
-            noise_scale=noise_scale,
-            noise_scale_error=noise_scale_error,
+            gr_s=_known(spatial.gr_s(window.batch_size)) if spatial else None,
+            gr_s_error=_known(spatial.gr_s_error(window.batch_size)) if spatial else None,
+            noise_scale=_known(spatial.noise_scale) if spatial else None,
+            noise_scale_error=_known(spatial.noise_scale_error) if spatial else None,
             grad_norm=math.nan if newest is None else math.sqrt(newest.total(GRAD_SQ)),
             nonfinite=nonfinite,
-            ready=ready,
-            notes=tuple(notes),
+            ready=temporal_problem is None and (spatial is None or spatial.ready),
+            notes=tuple(note for note in (temporal_problem, problem) if note is not None),
             table=self._table.snapshot(newest),
         )
+
+    def _read_temporal(self, newest: _Row | None, ages: Array) -> tuple[float | None, str | None]:
+        """GR_T, and why it is missing or not ready."""
+        if newest is None:
+            return None, "GR_T not available: every step since the last reading was skipped"
+        if (problem := self._source.problem()) is not None:
+            return None, problem
+        gr_t = _known(self._temporal.read(self._table.moment(newest, ages)))
+        if gr_t is None:
+            return None, "GR_T not available: all gradients are zero"
+        missing = WARM_UP - min(ages.max(initial=0.0), self._temporal.steps)
+        return gr_t, f"GR_T not ready: needs {missing:.0f} more steps" if missing > 0 else None
 
     def _take_groups(self, window: _Window, groups: Sequence[_Row]) -> str | None:
         """One reading of S and G2 from the groups of a step. Returns why there is none."""
