@@ -216,7 +216,7 @@ def adamw_(
 
 
 def _traced() -> bool:
-    """True if somebody records or redirects ops: then calls must go through torch's dispatcher, at three times the cost.
+    """True if somebody records or redirects ops: then calls go through torch's dispatcher, at three times the cost.
 
     Otherwise the kernel is called directly, which at 0.1 M parameters is a quarter of a step saved.
     """
