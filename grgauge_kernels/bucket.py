@@ -33,6 +33,8 @@ class Plan:
     visited   int64 [segments], visited elements of each segment
     scale     float64 [segments], what a sum over the visited elements is multiplied by to estimate the sum over the
               whole segment (Horvitz-Thompson); 0 where nothing is visited
+    seen      bool [segments], True where anything is visited
+    complete  True if everything is visited, so that sums need no scale
     flat      True if offsets count from one flat buffer
     """
 
@@ -45,6 +47,8 @@ class Plan:
         self.scale = np.divide(
             bucket.sizes, self.visited, out=np.zeros(self.segments, dtype=np.float64), where=self.visited > 0
         )
+        self.seen = self.visited > 0
+        self.complete = self.numel == bucket.numel
         self.rows = torch.from_numpy(rows).to(bucket.device)
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,8 @@ class Gauge:
         self._newest = None
 
     def _on_step(self, sums: list[BucketSums]) -> None:
-        if [id(bucket.params) for bucket in sums] != [id(params) for params in self._layout]:
+        # A source makes all its lists of parameters anew when one changes, so the first tells of all.
+        if len(sums) != len(self._layout) or (sums and sums[0].params is not self._layout[0]):
             self._lay_out([bucket.params for bucket in sums])
         self._step += 1
         self._rows.append(sums)
@@ -167,31 +168,26 @@ class Gauge:
         if not self._rows:
             return
         rows, groups = self._rows, self._groups if read else []
-        tensors = [bucket.stats for row in (*rows, *groups) for bucket in row]
-        tensors += [bucket.steps for bucket in rows[-1]]
+        tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*groups))]  # noqa: B905
+        tensors += [bucket.steps.double() for bucket in rows[-1]]
         window = _Window(rows, groups, Transfer(tensors), read, self._step, self.batch_size)
         self._in_flight.append(window)
         self._rows, self._groups = [], []
 
     def _finish(self, window: _Window) -> None:
         arrays = iter(window.transfer.arrays())
-        rows = [_Row.of(row, arrays) for row in window.rows]
-        groups = [_Row.of(row, arrays) for row in window.groups]
+        rows, groups = _Rows(window.rows, arrays), _Rows(window.groups, arrays)
         ages = np.concatenate([next(arrays) for _ in window.rows[-1]])
-        taken = [row for row in rows if not row.skipped]
-        for row in taken:
-            self._temporal.update(self._table.fold(row))
+        for grad_sq in self._table.fold(rows):
+            self._temporal.update(grad_sq)
         if window.read:
-            newest = taken[-1] if taken else None
-            self._newest = self._read(window, newest, ages, groups, nonfinite=int(sum(row.nonfinite for row in taken)))
+            self._newest = self._read(window, rows, ages, groups)
 
-    def _read(
-        self, window: _Window, newest: _Row | None, ages: Array, groups: Sequence[_Row], nonfinite: int
-    ) -> Reading:
-        age = float(ages.max(initial=0.0))
-        gr_t, temporal_problem = self._read_temporal(newest, ages)
+    def _read(self, window: _Window, rows: _Rows, ages: Array, groups: _Rows) -> Reading:
+        newest = rows.taken[-1] if rows.taken else None
+        gr_t, temporal_problem = self._read_temporal(rows, newest, ages)
         problem = self._take_groups(window, groups)
-        spatial = self._spatial if groups and self._spatial.readings else None
+        spatial = self._spatial if groups.totals and self._spatial.readings else None
         if spatial is not None and problem is None and not spatial.ready:
             steps = spatial.readings_until_ready * self.every
             problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
@@ -200,33 +196,33 @@ class Gauge:
             batch_size=window.batch_size,
             gr_t=gr_t,
             gr_t_error=_known(self._temporal.standard_error) if gr_t is not None else None,
-            settled=finite_time_factor(age, self.beta),
+            settled=finite_time_factor(float(ages.max(initial=0.0)), self.beta),
             gr_s=_known(spatial.gr_s(window.batch_size)) if spatial else None,
             gr_s_error=_known(spatial.gr_s_error(window.batch_size)) if spatial else None,
             noise_scale=_known(spatial.noise_scale) if spatial else None,
             noise_scale_error=_known(spatial.noise_scale_error) if spatial else None,
-            grad_norm=math.nan if newest is None else math.sqrt(newest.total(GRAD_SQ)),
-            nonfinite=nonfinite,
+            grad_norm=math.nan if newest is None else math.sqrt(rows.totals[newest][GRAD_SQ]),
+            nonfinite=int(sum(rows.totals[i][NONFINITE] for i in rows.taken)),
             ready=temporal_problem is None and (spatial is None or spatial.ready),
             notes=tuple(note for note in (temporal_problem, problem) if note is not None),
-            table=self._table.snapshot(newest),
+            table=self._table.snapshot(None if newest is None else rows.sums[newest]),
         )
 
-    def _read_temporal(self, newest: _Row | None, ages: Array) -> tuple[float | None, str | None]:
+    def _read_temporal(self, rows: _Rows, newest: int | None, ages: Array) -> tuple[float | None, str | None]:
         """GR_T, and why it is missing or not ready."""
         if newest is None:
             return None, "GR_T not available: every step since the last reading was skipped"
         if (problem := self._source.problem()) is not None:
             return None, problem
-        gr_t = _known(self._temporal.read(self._table.moment(newest, ages)))
+        gr_t = _known(self._temporal.read(self._table.moment(rows, newest, ages)))
         if gr_t is None:
             return None, "GR_T not available: all gradients are zero"
         missing = WARM_UP - min(ages.max(initial=0.0), self._temporal.steps)
         return gr_t, f"GR_T not ready: needs {missing:.0f} more steps" if missing > 0 else None
 
-    def _take_groups(self, window: _Window, groups: Sequence[_Row]) -> str | None:
+    def _take_groups(self, window: _Window, groups: _Rows) -> str | None:
         """One reading of S and G2 from the groups of a step. Returns why there is none."""
-        n = len(groups)
+        n = len(groups.totals)
         if self.groups is not None and self.groups < 2:
             return f"GR_S not available: groups is {self.groups}; it needs at least two micro-batches or ranks"
         if n == 0:
@@ -234,11 +230,11 @@ class Gauge:
         if n == 1 or n != (self.groups or n):
             wanted = "at least 2" if self.groups is None else str(self.groups)
             return f"GR_S not available: micro_step() was called {n} times in the step, not {wanted}"
-        if any(group.nonfinite for group in groups):
+        if any(total[NONFINITE] for total in groups.totals):
             return "GR_S skipped a reading: non-finite gradients"
         # Gradients accumulate, so what micro-batch i added is the difference, and the first one's is its whole.
-        group_sq = [groups[0].total(GRAD_SQ)] + [group.total(DELTA_SQ) for group in groups[1:]]
-        mean_sq = groups[-1].total(GRAD_SQ) / n**2
+        group_sq = [groups.totals[0][GRAD_SQ]] + [total[DELTA_SQ] for total in groups.totals[1:]]
+        mean_sq = groups.totals[-1][GRAD_SQ] / n**2
         if not self._spatial.update(*two_batch(group_sq, mean_sq, [window.batch_size / n] * n)):
             return "GR_S skipped a reading: gradients out of range"
         return None
@@ -256,33 +252,32 @@ class _Window:
     batch_size: float
 
 
-@dataclass
-class _Row:
-    """The sums of one pass on the host, all buckets together.
+class _Rows:
+    """The sums of several passes over the same segments on the host, all buckets together.
 
-    sums    float64 [segments, 6], scaled up from the sample to the whole of each segment
-    seen    bool [segments], False where the pass did not visit a segment
+    sums    float64 [passes, segments, 6], scaled up from the sample to the whole of each segment
+    seen    bool [passes, segments], False where a pass did not visit a segment; None if all visited all
+    totals  the six sums over all segments, a list of six a pass
+    taken   the passes that count: the optimizer skipped the others, as GradScaler has it do on overflow
     """
 
     sums: Array
-    seen: npt.NDArray[np.bool_]
+    seen: npt.NDArray[np.bool_] | None = None
+    totals: list[list[float]]
+    taken: list[int]
 
-    @staticmethod
-    def of(row: list[BucketSums], arrays: Any) -> _Row:
-        sums = np.concatenate([next(arrays) * bucket.plan.scale[:, None] for bucket in row])
-        return _Row(sums, np.concatenate([bucket.plan.visited > 0 for bucket in row]))
-
-    @property
-    def skipped(self) -> bool:
-        """True if the optimizer skipped the step, as GradScaler has it do on overflow."""
-        return bool(np.isnan(self.sums).any())
-
-    @property
-    def nonfinite(self) -> float:
-        return self.total(NONFINITE)
-
-    def total(self, column: int) -> float:
-        return float(self.sums[:, column].sum())
+    def __init__(self, rows: list[list[BucketSums]], arrays: Iterator[Array]) -> None:
+        if not rows:
+            self.sums, self.totals, self.taken = np.empty((0, 0, len(gk.STATS))), [], []
+            return
+        parts = [next(arrays) for _ in rows[0]]
+        if not all(bucket.plan.complete for row in rows for bucket in row):
+            scales = [np.stack([row[i].plan.scale for row in rows]) for i in range(len(parts))]
+            parts = [part * scale[:, :, None] for part, scale in zip(parts, scales, strict=True)]
+            self.seen = np.array([np.concatenate([bucket.plan.seen for bucket in row]) for row in rows])
+        self.sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        self.totals = self.sums.sum(axis=1).tolist()
+        self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
 
 
 class _Table:
@@ -291,28 +286,40 @@ class _Table:
     def __init__(self, names: list[str], sizes: list[int], beta: float) -> None:
         self.names, self.sizes, self.beta = names, sizes, beta
         self.steps = np.zeros(len(names))
-        self.grad_sq = np.zeros(len(names))
+        self.grad_sq = np.zeros(len(names))  # V, still without bias correction
         self.moment_sq = np.zeros(len(names))
 
-    def fold(self, row: _Row) -> float:
-        """Take in one step; returns its sum g^2, with V standing in where a segment has no gradient."""
-        self.steps[row.seen] += 1
-        gain = (1 - self.beta) / (1 - self.beta ** np.maximum(self.steps, 1))
-        step = np.where(row.seen, row.sums[:, GRAD_SQ] - self.grad_sq, 0.0)
-        total = float((self.grad_sq + step).sum())
-        self.grad_sq += gain * step
-        return total
+    def corrected(self) -> Array:
+        """V of each segment, bias-corrected; 0 before its first gradient."""
+        return self.grad_sq / (1 - self.beta ** np.maximum(self.steps, 1))
 
-    def moment(self, row: _Row, ages: Array) -> float:
-        """|m^|^2 over all segments, bias-corrected by the number of updates each one's m has had."""
-        correction = (1 - self.beta ** np.maximum(ages, 1)) ** 2
-        self.moment_sq = np.where(row.seen, row.sums[:, EMA_SQ] / correction, self.moment_sq)
+    def fold(self, rows: _Rows) -> list[float]:
+        """Take in steps; returns the sum g^2 of each, with V standing in where a segment has no gradient."""
+        new = (1 - self.beta) * rows.sums[:, :, GRAD_SQ]
+        if rows.seen is None:
+            self.steps += len(rows.taken)
+            for i in rows.taken:
+                self.grad_sq *= self.beta
+                self.grad_sq += new[i]
+            return [rows.totals[i][GRAD_SQ] for i in rows.taken]
+        totals = []
+        for i in rows.taken:
+            seen = rows.seen[i]
+            totals.append(float(np.where(seen, rows.sums[i, :, GRAD_SQ], self.corrected()).sum()))
+            self.steps += seen
+            self.grad_sq = np.where(seen, self.beta * self.grad_sq + new[i], self.grad_sq)
+        return totals
+
+    def moment(self, rows: _Rows, i: int, ages: Array) -> float:
+        """|m^|^2 over all segments at step i, bias-corrected by the number of updates each one's m has had."""
+        moment_sq = rows.sums[i, :, EMA_SQ] / (1 - self.beta ** np.maximum(ages, 1)) ** 2
+        self.moment_sq = moment_sq if rows.seen is None else np.where(rows.seen[i], moment_sq, self.moment_sq)
         return float(self.moment_sq.sum())
 
-    def snapshot(self, row: _Row | None) -> Any:
+    def snapshot(self, sums: Array | None) -> Any:
         """A function that makes the per-segment table of this moment."""
-        grad_sq, moment_sq, names, sizes = self.grad_sq.copy(), self.moment_sq.copy(), self.names, self.sizes
-        now = np.zeros((len(names), len(gk.STATS))) if row is None else row.sums
+        grad_sq, moment_sq, names, sizes = self.corrected(), self.moment_sq, self.names, self.sizes
+        now = np.zeros((len(names), len(gk.STATS))) if sums is None else sums
 
         def table() -> tuple[SegmentReading, ...]:
             return tuple(

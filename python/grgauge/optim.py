@@ -21,7 +21,7 @@ from grgauge_kernels.flat import FlatBucket, require_disjoint
 ParamGroup = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class BucketSums:
     """What one step's kernel call saw of one bucket.
 

@@ -147,23 +147,27 @@ class Temporal:
     False (a sum that is not finite) the EMA must skip that step too.
     """
 
+    _fields = ("steps", "grad_sq", "read_at", "newest")
+
     def __init__(self, beta: float = 0.9) -> None:
-        self._grad_sq = Mean(beta)
         self._log = Mean(beta)
-        self._read_at = 0
-        self._newest = 0.0
+        self.restart()
 
     def restart(self) -> None:
         """Start cold, as after a change of learning rate or batch: steps and readings before it no longer count."""
-        self._grad_sq.restart()
         self._log.restart()
-        self._read_at = 0
-        self._newest = 0.0
+        self._steps, self._grad_sq = 0, 0.0
+        self._read_at, self._newest = 0, 0.0
 
     def update(self, grad_sq: float) -> bool:
         """Take in sum g^2 of one step. One that is not finite changes nothing and returns False."""
         require(not grad_sq < 0.0, "grad_sq", grad_sq, "at least 0")
-        return self._grad_sq.update(grad_sq)
+        if not math.isfinite(grad_sq):
+            return False
+        beta = self._log.beta
+        self._steps += 1
+        self._grad_sq += (1.0 - beta) / (1.0 - beta**self._steps) * (grad_sq - self._grad_sq)
+        return True
 
     def read(self, ema_sq: float) -> float:
         """GR_T now, from |m|^2 of the bias-corrected EMA, which goes into the history behind the standard errors too.
@@ -183,7 +187,7 @@ class Temporal:
     @property
     def steps(self) -> int:
         """Steps since the (re)start."""
-        return self._grad_sq.readings
+        return self._steps
 
     @property
     def readings(self) -> int:
@@ -193,12 +197,12 @@ class Temporal:
     @property
     def grad_sq(self) -> float:
         """V: the bias-corrected moving mean of sum g^2; nan before the first step."""
-        return self._grad_sq.mean
+        return self._grad_sq if self._steps else math.nan
 
     @property
     def warmth(self) -> float:
         """(1 - beta^t) / (1 + beta^t), from 0 when cold to 1: what to scale the target by for a young reading."""
-        return finite_time_factor(self.steps, self._grad_sq.beta)
+        return finite_time_factor(self.steps, self._log.beta)
 
     @property
     def standard_error(self) -> float:
@@ -220,13 +224,14 @@ class Temporal:
 
     def state_dict(self) -> State:
         """Plain numbers, none of them nan; `load_state_dict` of them continues bit for bit."""
-        return {**_pack(grad_sq=self._grad_sq, log=self._log), "read_at": self._read_at, "newest": self._newest}
+        return {**_pack(log=self._log), **{name: getattr(self, f"_{name}") for name in self._fields}}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take over a `state_dict`, its beta included. One that does not fit raises ValueError and changes nothing."""
         _require_state(state, self.state_dict())
-        self._grad_sq, self._log = _unpack(state, "grad_sq"), _unpack(state, "log")
-        self._read_at, self._newest = int(state["read_at"]), float(state["newest"])
+        self._log = _unpack(state, "log")
+        self._steps, self._read_at = int(state["steps"]), int(state["read_at"])
+        self._grad_sq, self._newest = float(state["grad_sq"]), float(state["newest"])
 
 
 class Spatial:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Transfer:
-    """Copies of float tensors as they are now, as float64 arrays as soon as the device has got that far."""
+    """Float64 tensors that nobody writes to any more, as arrays as soon as the device has got that far."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._events: list[Any] = []
@@ -20,7 +20,7 @@ class Transfer:
 
     def _copy(self, t: Tensor) -> Tensor:
         if t.device.type == "cpu":
-            return t.to(torch.float64, copy=True)
+            return t
         pinned = torch.empty(t.shape, dtype=torch.float64, pin_memory=True)
         pinned.copy_(t, non_blocking=True)
         event = torch.Event(t.device)

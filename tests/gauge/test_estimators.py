@@ -619,7 +619,7 @@ def test_what_is_not_finite_is_refused(bad):
     assert mean.update(bad) is False
     assert spatial.update(bad, 1.0) is False
     assert spatial.update(1.0, bad) is False
-    assert temporal.update(abs(bad)) is False
+    assert math.isfinite(bad) or temporal.update(abs(bad)) is False
     assert [gauge.state_dict() for gauge in (mean, spatial, temporal)] == before
     assert mean.update(1.0) is spatial.update(1.0, 1.0) is temporal.update(1.0) is True
 
