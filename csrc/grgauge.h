@@ -72,7 +72,7 @@ GRGAUGE_API const char* grgauge_cpu_isa(const char* choose);
 
 /* libgrgauge_cuda. All pointers in the pass point to memory of `device`; the tables of addresses too, and with `flat` a
  * table's place is taken by the one address itself. Enqueues on `stream` and returns at once: the pass may go, what it
- * points to must stay until the stream has come past. Same bits on every device.
+ * points to must stay until the stream has come past. Same bits every time.
  *   lr_f32, lr_f64   where the learning rate stands on the device, in one precision or the other; both null: pass->lr
  *   partials         scratch, GRGAUGE_SUMS * chunks floats on the device; null if stats is */
 GRGAUGE_API int grgauge_cuda_pass(const grgauge_pass* pass, const float* lr_f32, const double* lr_f64, float* partials,

@@ -36,6 +36,7 @@ class Plan:
     seen      bool [segments], True where anything is visited
     complete  True if everything is visited, so that sums need no scale
     flat      True if offsets count from one flat buffer
+    expected  dtype -> (numel, dtype, device, contiguous) of each tensor that a kernel is usually given
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64]) -> None:
@@ -50,6 +51,8 @@ class Plan:
         self.seen = self.visited > 0
         self.complete = self.numel == bucket.numel
         self.rows = torch.from_numpy(rows).to(bucket.device)
+        sizes = [bucket.whole] if bucket.flat else bucket.sizes
+        self.expected = {dtype: [(n, dtype, self.rows.device, True) for n in sizes] for dtype in DTYPES}
 
     def __repr__(self) -> str:
         return f"Plan({self.numel} of {self.bucket.numel} elements, {len(self.rows)} chunks, {self.segments} segments)"
@@ -81,6 +84,7 @@ class Bucket:
         self.sizes: list[int] = [t.numel() for t in tensors]
         self.numel = sum(self.sizes)
         self.offsets: list[int] = [_offset(t, base, i) for i, t in enumerate(tensors)]
+        self.whole = self.numel if base is None else base.numel()
         self.extent = max((o + n for o, n in zip(self.offsets, self.sizes, strict=True)), default=0)
 
     def plan(self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = ()) -> Plan:

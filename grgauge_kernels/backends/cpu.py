@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from array import array
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from . import native
+
+_NO_SUMS = torch.empty((0, 6), dtype=torch.float64)
 
 
 @functools.cache
@@ -48,8 +51,8 @@ def measure_(
 ) -> Tensor:
     stats = torch.empty((segments, 6), dtype=torch.float64)
     task = native.Pass(grads, rows, segments, stats, ema, previous, beta, inv_scale)
-    table = _addresses(grads)
-    task.grads = ctypes.addressof(table)
+    table = array("Q", map(Tensor.data_ptr, grads))
+    task.grads = table.buffer_info()[0]
     _run("measure_", task)
     return stats
 
@@ -78,18 +81,15 @@ def adamw_(
     maximize: bool,
     sums: bool,
 ) -> Tensor:
-    stats = torch.empty((segments if sums else 0, 6), dtype=torch.float64)
+    stats = torch.empty((segments, 6), dtype=torch.float64) if sums else _NO_SUMS
     task = native.Pass(grads, rows, segments, stats if sums else None, ema, previous, beta, inv_scale)
     rate = lr if lr_tensor is None else float(lr_tensor)
     task.update(params, step, rate, beta1, beta2, eps, weight_decay, found_inf, clip, zero_grad, maximize)
-    tables = [_addresses(stream) for stream in (grads, params, exp_avgs, exp_avg_sqs)]
-    task.grads, task.params, task.exp_avgs, task.exp_avg_sqs = map(ctypes.addressof, tables)
+    table = array("Q", map(Tensor.data_ptr, chain(grads, params, exp_avgs, exp_avg_sqs)))
+    start, size = table.buffer_info()[0], table.itemsize * len(grads)
+    task.grads, task.params, task.exp_avgs, task.exp_avg_sqs = (start + i * size for i in range(4))
     _run("adamw_", task)
     return stats
-
-
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*map(Tensor.data_ptr, tensors))
 
 
 def _run(op: str, task: native.Pass) -> None:

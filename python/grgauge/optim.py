@@ -247,7 +247,8 @@ class AdamW(torch.optim.Optimizer):
                     self._outsiders.append(p)
             parts += [_Part(group, params, self.state, self._flat) for params in alike.values()]
         for part in parts:
-            part.collect()
+            if not part.collect():
+                raise TypeError("a gradient has another dtype or device than its parameter; AdamW needs them alike")
         self._parts, self._parts_state = parts, self.state
 
 
@@ -338,25 +339,30 @@ class _Part:
         if isinstance(lr, Tensor) and lr.device != device:
             lr = float(lr)
         inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
-        self.steps.add_(self.present if found_inf is None else self.present * (1 - found_inf))
-        stats = gk.adamw_(
-            self.param_stream,
-            self.grad_stream,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.plan,
-            step=self.steps,
-            lr=lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            inv_scale=inv_scale,
-            found_inf=found_inf,
-            clip=_on(device, clip),
-            maximize=group["maximize"],
-            sums=sums,
-            backend=backend,
-        )
+        counted = self.present if found_inf is None else self.present * (1 - found_inf)
+        self.steps.add_(counted)
+        try:
+            stats = gk.adamw_(
+                self.param_stream,
+                self.grad_stream,
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                self.plan,
+                step=self.steps,
+                lr=lr,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                inv_scale=inv_scale,
+                found_inf=found_inf,
+                clip=_on(device, clip),
+                maximize=group["maximize"],
+                sums=sums,
+                backend=backend,
+            )
+        except BaseException:
+            self.steps.sub_(counted)  # no update was made, so none may be counted
+            raise
         if self.flat is not None:
             # The op has told autograd that the buffer changed; the parameters count their versions for themselves.
             torch.autograd.graph.increment_version(self.params)

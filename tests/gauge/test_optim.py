@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import grgauge
 from grgauge import AdamW
+from grgauge_kernels.backends import cpu
 
 FLAT = pytest.mark.parametrize("flat", [False, True], ids=["loose", "flat"])
 
@@ -533,6 +534,25 @@ def test_clipping_under_a_grad_scaler_sees_the_unscaled_norm():
     assert norm == pytest.approx(plain_norm, rel=1e-5)
 
 
+@FLAT
+def test_a_failing_kernel_leaves_the_state_as_it_was(flat, monkeypatch):
+    params = parameters()
+    optimizer = AdamW(params, flat=flat)
+    advance(optimizer, params, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params]
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(cpu, "adamw_", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="adamw_: out of memory"):
+        optimizer.step()
+    monkeypatch.undo()
+    assert all(map(torch.equal, params, before[1]))
+    for i, kept in before[0].items():
+        assert all(torch.equal(value, optimizer.state_dict()["state"][i][key]) for key, value in kept.items())
+
+
 def test_hooks_run_once_and_the_profiler_sees_the_step():
     params = parameters()
     optimizer = AdamW(params)
@@ -599,8 +619,6 @@ def test_a_compiled_training_function_trains_alike(flat):
 
 
 def test_one_kernel_call_a_bucket_and_no_loop_over_tensors_on_the_flat_path(monkeypatch):
-    from grgauge_kernels.backends import cpu
-
     calls = []
     run = cpu._run
     monkeypatch.setattr(cpu, "_run", lambda op, task: (calls.append(op), run(op, task)))
