@@ -36,7 +36,7 @@ class Plan:
     seen      bool [segments], True where anything is visited
     complete  True if everything is visited, so that sums need no scale
     flat      True if offsets count from one flat buffer
-    expected  dtype -> (numel, dtype, device, contiguous) of each tensor that a kernel is usually given
+    stream_sizes  elements of each tensor that a kernel is given: one a segment, or the one flat buffer
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64]) -> None:
@@ -51,8 +51,8 @@ class Plan:
         self.seen = self.visited > 0
         self.complete = self.numel == bucket.numel
         self.rows = torch.from_numpy(rows).to(bucket.device)
-        sizes = [bucket.whole] if bucket.flat else bucket.sizes
-        self.expected = {dtype: [(n, dtype, self.rows.device, True) for n in sizes] for dtype in DTYPES}
+        self.checked: dict[str, tuple[Tensor, ...]] = {}  # streams that an op has found in order, for `ops`
+        self.stream_sizes = [bucket.whole] if bucket.flat else bucket.sizes
 
     def __repr__(self) -> str:
         return f"Plan({self.numel} of {self.bucket.numel} elements, {len(self.rows)} chunks, {self.segments} segments)"

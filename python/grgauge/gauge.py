@@ -297,16 +297,15 @@ class _Table:
         """Take in steps; returns the sum g^2 of each, with V standing in where a segment has no gradient."""
         new = (1 - self.beta) * rows.sums[:, :, GRAD_SQ]
         if rows.seen is None:
-            self.steps += len(rows.taken)
+            self.steps = self.steps + len(rows.taken)
             for i in rows.taken:
-                self.grad_sq *= self.beta
-                self.grad_sq += new[i]
+                self.grad_sq = self.beta * self.grad_sq + new[i]
             return [rows.totals[i][GRAD_SQ] for i in rows.taken]
         totals = []
         for i in rows.taken:
             seen = rows.seen[i]
             totals.append(float(np.where(seen, rows.sums[i, :, GRAD_SQ], self.corrected()).sum()))
-            self.steps += seen
+            self.steps = self.steps + seen
             self.grad_sq = np.where(seen, self.beta * self.grad_sq + new[i], self.grad_sq)
         return totals
 
@@ -318,10 +317,12 @@ class _Table:
 
     def snapshot(self, sums: Array | None) -> Any:
         """A function that makes the per-segment table of this moment."""
-        grad_sq, moment_sq, names, sizes = self.corrected(), self.moment_sq, self.names, self.sizes
-        now = np.zeros((len(names), len(gk.STATS))) if sums is None else sums
+        steps, uncorrected, moment_sq = self.steps, self.grad_sq, self.moment_sq  # replaced, never changed in place
+        names, sizes = self.names, self.sizes
 
         def table() -> tuple[SegmentReading, ...]:
+            grad_sq = uncorrected / (1 - self.beta ** np.maximum(steps, 1))
+            now = np.zeros((len(names), len(gk.STATS))) if sums is None else sums
             return tuple(
                 SegmentReading(
                     name=names[i],

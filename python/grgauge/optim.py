@@ -262,7 +262,7 @@ class _Part:
         self.group = group
         self.params = params
         first = params[0]
-        self.kind = (first.dtype, first.device, torch.strided)
+        self.dtype, self.device = first.dtype, first.device
         self.flat = FlatBucket(params) if flat else None
         self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(params)
         self.plans: dict[frozenset[int], tuple[gk.Plan, Tensor]] = {}
@@ -276,10 +276,10 @@ class _Part:
             state[p] = {"step": self.steps[i], "exp_avg": first_moments[i], "exp_avg_sq": second_moments[i]}
 
     @staticmethod
-    def _stream(loose: list[Tensor], flat: Tensor | None) -> list[Tensor]:
-        return loose if flat is None else [flat]
+    def _stream(loose: list[Tensor], flat: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(loose) if flat is None else (flat,)
 
-    def _moments(self, saved: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    def _moments(self, saved: list[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """float32 moments holding what was saved: the stream for the kernel, and a tensor for each parameter."""
         if self.flat is None:
             flat = None
@@ -309,10 +309,10 @@ class _Part:
             missing = frozenset([i for i, grad in enumerate(grads) if grad is None])
             for i in missing:
                 grads[i] = self.params[i]  # a stand-in of the right size, which the plan never visits
-            if {(g.dtype, g.device, g.layout) for g in grads} != {self.kind}:
-                if any(g.layout != torch.strided for g in grads):
-                    raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
+            if {*map(_dtype_of, grads)} != {self.dtype} or {*map(_device_of, grads)} != {self.device}:
                 return False
+            if {*map(_layout_of, grads)} != {torch.strided}:
+                raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
             if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.params)):
                 grads = [_laid_out_like(p, g) for p, g in zip(self.params, grads, strict=True)]
             self.grad_stream = grads
@@ -369,7 +369,7 @@ class _Part:
         return BucketSums(self.params, self.plan, stats, self.steps)
 
 
-_grad_of = operator.attrgetter("grad")
+_grad_of, _dtype_of, _device_of, _layout_of = map(operator.attrgetter, ("grad", "dtype", "device", "layout"))
 
 
 def _any_grad(params: list[Tensor]) -> bool:
