@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .addresses import on_device
 from .reference import LARGEST
 
 try:
@@ -160,6 +161,8 @@ def _launch(
     chunks = rows.shape[0]
     stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
     partials = rows.new_empty((chunks, 8), dtype=torch.float32) if sums else None
+    # Before the launch, like all memory: running out of it must find nothing changed.
+    tiles = _tiles(rows) if sums else None
     with torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext():
         if chunks:
             # A tensor of each list also tells the kernel the dtype, which an address does not.
@@ -169,7 +172,10 @@ def _launch(
             visit_kernel[(chunks,)](
                 rows,
                 partials,
-                _table(streams, rows.device) if len(streams[0]) > 1 else None,
+                # Addresses of loose tensors, segment by segment.
+                on_device(tuple(t.data_ptr() for segment in zip(*streams, strict=True) for t in segment), rows.device)
+                if len(streams[0]) > 1
+                else None,
                 *(bases + [None] * (4 - len(bases))),
                 ema,
                 previous,
@@ -200,20 +206,23 @@ def _launch(
                 **_options(rows.device),
             )
         if partials is not None:
-            _reduce(rows, partials, found_inf, stats)
+            _reduce(rows, partials, tiles, found_inf, stats)
     return stats
 
 
-def _reduce(rows: Tensor, partials: Tensor, found_inf: Tensor | None, stats: Tensor) -> None:
+def _tiles(rows: Tensor) -> Tensor | None:
+    """Room for the sums of whole tiles, float64 [tiles, 8], where there are enough chunks to want them."""
+    return rows.new_empty((len(rows) // TILE, 8), dtype=torch.float64) if len(rows) > TILED else None
+
+
+def _reduce(rows: Tensor, partials: Tensor, tiles: Tensor | None, found_inf: Tensor | None, stats: Tensor) -> None:
     """Chunks' sums float32 [chunks, 8] -> segments' sums float64 [segments, 6], added in a fixed order."""
     chunks, segments = len(rows), len(stats)
     if not segments:
         return
     options = _options(rows.device)
-    tiles = None
-    if chunks > TILED:
-        tiles = rows.new_empty((chunks // TILE, 8), dtype=torch.float64)
-        tile_kernel[(chunks // TILE,)](partials, tiles, TILE=TILE, **options)
+    if tiles is not None:
+        tile_kernel[(len(tiles),)](partials, tiles, TILE=TILE, **options)
     reduce_kernel[(segments,)](rows, partials, tiles, found_inf, stats, chunks, TILE=TILE, **options)
 
 
@@ -224,42 +233,6 @@ def _options(device: torch.device) -> dict[str, Any]:
         return {}
     target = triton.runtime.driver.active.get_current_target()
     return {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": True}
-
-
-_captured: set[Tensor] = set()
-"""Address tables that a CUDA graph reads whenever it is replayed: kept for as long as the process lives."""
-
-
-def _table(streams: list[list[Tensor]], device: torch.device) -> Tensor:
-    """Addresses of loose tensors, int64 [segments, streams] on the device; uploaded only if one has changed."""
-    addresses = tuple(t.data_ptr() for segment in zip(*streams, strict=True) for t in segment)
-    table, uploaded = _upload(addresses, device)
-    if uploaded is None:
-        return table
-    stream = torch.cuda.current_stream(device)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.add(table)
-    else:
-        stream.wait_event(uploaded)
-        table.record_stream(stream)
-    return table
-
-
-@functools.lru_cache(maxsize=64)
-def _upload(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The address table, and the event after which it is there; None where there is nothing to wait for."""
-    table = torch.tensor(addresses, dtype=torch.int64)
-    if device.type == "cpu":
-        return table, None
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the addresses of these tensors are not on the device yet: call once with the same tensors before the "
-            "CUDA graph is captured, or use a flat plan"
-        )
-    table = table.pin_memory().to(device, non_blocking=True)
-    uploaded = torch.cuda.Event()
-    uploaded.record(torch.cuda.current_stream(device))
-    return table, uploaded
 
 
 def _jit(**options: Any) -> Any:

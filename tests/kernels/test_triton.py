@@ -16,7 +16,7 @@ import truth
 
 import grgauge_kernels as gk
 from grgauge_kernels import CHUNK
-from grgauge_kernels.backends import reference
+from grgauge_kernels.backends import addresses, reference
 from grgauge_kernels.backends import triton as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -368,7 +368,8 @@ def test_reduction_of_many_chunks(chunks):
     partials = torch.rand(chunks, 8, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(len(sizes), 6, dtype=torch.float64).index_add(0, segment, partials[:, :6].double())
     stats = torch.full_like(expected, torch.nan).to(DEVICE)
-    backend._reduce(rows.to(DEVICE), partials.to(DEVICE), None, stats)
+    rows = rows.to(DEVICE)
+    backend._reduce(rows, partials.to(DEVICE), backend._tiles(rows), None, stats)
     torch.testing.assert_close(stats.cpu(), expected, rtol=1e-13, atol=0)
 
 
@@ -386,12 +387,12 @@ def test_same_bits_every_run(layout):
 def test_addresses_are_uploaded_once():
     p = Problem([10, 20], torch.float32)
     p.measure()
-    uploads = backend._upload.cache_info().misses
+    uploads = addresses._upload.cache_info().misses
     p.measure()
-    assert backend._upload.cache_info().misses == uploads
+    assert addresses._upload.cache_info().misses == uploads
     p.grads[1] = p.grads[1].clone()
     p.measure()
-    assert backend._upload.cache_info().misses == uploads + 1
+    assert addresses._upload.cache_info().misses == uploads + 1
 
 
 @needs_gpu
