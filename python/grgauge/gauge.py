@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
 
 WARM_UP = 20
 """Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
+
+LATE = 20
+"""Readings after which the per-segment table is brought up to date although nobody has asked for it."""
 
 
 class Gauge:
@@ -281,53 +285,66 @@ class _Rows:
 
 
 class _Table:
-    """Each segment's own V, and |m|^2 as last seen. A segment without gradient keeps both, as its optimizer does."""
+    """Each segment's own V, and |m|^2 as last seen. A segment without gradient keeps both, as its optimizer does.
+
+    A reading needs the totals alone, so what belongs to single segments is worked out when somebody asks, or when
+    `LATE` readings' worth of it has gathered.
+    """
 
     def __init__(self, names: list[str], sizes: list[int], beta: float) -> None:
         self.names, self.sizes, self.beta = names, sizes, beta
+        # Replaced, never changed in place: tables of earlier readings refer to them.
         self.steps = np.zeros(len(names))
         self.grad_sq = np.zeros(len(names))  # V, still without bias correction
-        self.moment_sq = np.zeros(len(names))
-
-    def corrected(self) -> Array:
-        """V of each segment, bias-corrected; 0 before its first gradient."""
-        return self.grad_sq / (1 - self.beta ** np.maximum(self.steps, 1))
+        self.moment_sq: Callable[[], Array] = functools.partial(np.zeros, len(names))
+        self._late: list[_Rows] = []
 
     def fold(self, rows: _Rows) -> list[float]:
         """Take in steps; returns the sum g^2 of each, with V standing in where a segment has no gradient."""
-        new = (1 - self.beta) * rows.sums[:, :, GRAD_SQ]
         if rows.seen is None:
-            self.steps = self.steps + len(rows.taken)
-            for i in rows.taken:
-                self.grad_sq = self.beta * self.grad_sq + new[i]
+            self._late.append(rows)
+            if len(self._late) == LATE:
+                self._settle()
             return [rows.totals[i][GRAD_SQ] for i in rows.taken]
+        self._settle()
         totals = []
         for i in rows.taken:
-            seen = rows.seen[i]
-            totals.append(float(np.where(seen, rows.sums[i, :, GRAD_SQ], self.corrected()).sum()))
+            seen, now = rows.seen[i], rows.sums[i, :, GRAD_SQ]
+            totals.append(float(np.where(seen, now, _corrected(self.grad_sq, self.steps, self.beta)).sum()))
             self.steps = self.steps + seen
-            self.grad_sq = np.where(seen, self.beta * self.grad_sq + new[i], self.grad_sq)
+            self.grad_sq = np.where(seen, self.beta * self.grad_sq + (1 - self.beta) * now, self.grad_sq)
         return totals
+
+    def _settle(self) -> None:
+        self.steps, self.grad_sq = _advanced(self.steps, self.grad_sq, self._late, self.beta)
+        self._late = []
 
     def moment(self, rows: _Rows, i: int, ages: Array) -> float:
         """|m^|^2 over all segments at step i, bias-corrected by the number of updates each one's m has had."""
-        moment_sq = rows.sums[i, :, EMA_SQ] / (1 - self.beta ** np.maximum(ages, 1)) ** 2
-        self.moment_sq = moment_sq if rows.seen is None else np.where(rows.seen[i], moment_sq, self.moment_sq)
-        return float(self.moment_sq.sum())
+        now = rows.sums[i, :, EMA_SQ]
+        if rows.seen is None:
+            self.moment_sq = functools.partial(_moment_sq, now, ages, self.beta)
+            if ages.min() == ages.max() > 0:
+                return float(rows.totals[i][EMA_SQ] / (1 - self.beta ** float(ages[0])) ** 2)
+        else:
+            known = np.where(rows.seen[i], _moment_sq(now, ages, self.beta), self.moment_sq())
+            self.moment_sq = functools.partial(np.copy, known)
+        return float(self.moment_sq().sum())
 
-    def snapshot(self, sums: Array | None) -> Any:
+    def snapshot(self, sums: Array | None) -> Callable[[], tuple[SegmentReading, ...]]:
         """A function that makes the per-segment table of this moment."""
-        steps, uncorrected, moment_sq = self.steps, self.grad_sq, self.moment_sq  # replaced, never changed in place
-        names, sizes = self.names, self.sizes
+        steps, grad_sq, late, moment = self.steps, self.grad_sq, tuple(self._late), self.moment_sq
+        names, sizes, beta = self.names, self.sizes, self.beta
 
         def table() -> tuple[SegmentReading, ...]:
-            grad_sq = uncorrected / (1 - self.beta ** np.maximum(steps, 1))
+            count, uncorrected = _advanced(steps, grad_sq, late, beta)
+            v, m = _corrected(uncorrected, count, beta), moment()
             now = np.zeros((len(names), len(gk.STATS))) if sums is None else sums
             return tuple(
                 SegmentReading(
                     name=names[i],
                     numel=sizes[i],
-                    gr_t=float(grad_sq[i] / moment_sq[i]) if moment_sq[i] > 0 else None,
+                    gr_t=float(v[i] / m[i]) if m[i] > 0 else None,
                     grad_norm=math.sqrt(now[i, GRAD_SQ]),
                     nonfinite=int(now[i, NONFINITE]),
                 )
@@ -337,18 +354,39 @@ class _Table:
         return table
 
     def state_dict(self) -> dict[str, Any]:
+        self._settle()
         return {
             "names": list(self.names),
             "sizes": list(self.sizes),
-            **{name: getattr(self, name).tolist() for name in ("steps", "grad_sq", "moment_sq")},
+            "steps": self.steps.tolist(),
+            "grad_sq": self.grad_sq.tolist(),
+            "moment_sq": self.moment_sq().tolist(),
         }
 
     @staticmethod
     def from_state(state: dict[str, Any], beta: float) -> _Table:
         table = _Table(list(state["names"]), list(state["sizes"]), beta)
-        for name in ("steps", "grad_sq", "moment_sq"):
-            setattr(table, name, np.array(state[name], dtype=np.float64))
+        table.steps, table.grad_sq = np.array(state["steps"]), np.array(state["grad_sq"])
+        table.moment_sq = functools.partial(np.array, state["moment_sq"])
         return table
+
+
+def _advanced(steps: Array, grad_sq: Array, late: Sequence[_Rows], beta: float) -> tuple[Array, Array]:
+    """`steps` and uncorrected V of each segment after more steps that all segments took part in."""
+    for rows in late:
+        steps = steps + len(rows.taken)
+        for i in rows.taken:
+            grad_sq = beta * grad_sq + (1 - beta) * rows.sums[i, :, GRAD_SQ]
+    return steps, grad_sq
+
+
+def _corrected(grad_sq: Array, steps: Array, beta: float) -> Array:
+    """V of each segment, bias-corrected; 0 before its first gradient."""
+    return np.asarray(grad_sq / (1 - beta ** np.maximum(steps, 1)))
+
+
+def _moment_sq(ema_sq: Array, ages: Array, beta: float) -> Array:
+    return np.asarray(ema_sq / (1 - beta ** np.maximum(ages, 1)) ** 2)
 
 
 def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
