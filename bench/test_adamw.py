@@ -24,17 +24,14 @@ In layout `flat`, ours keep their 300 tensors in one flat buffer; torch and by_h
 
 from __future__ import annotations
 
-import csv
 import functools
 import gc
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from itertools import cycle
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import cpuinfo
@@ -42,6 +39,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from turns import append, commit, significant, spread
 
 import grgauge
 
@@ -130,7 +128,7 @@ def measured(
     figures = summary(samples, numel)
     if path is not None:
         shared = origin(device) | {"numel": numel, "tensors": layout}
-        append(path, [shared | {"variant": v} | figures[v] for v in VARIANTS])
+        append(path, COLUMNS, [shared | {"variant": v} | figures[v] for v in VARIANTS])
     return samples, figures
 
 
@@ -268,16 +266,6 @@ def summary(samples: Samples, numel: int) -> dict[str, dict[str, float]]:
     return figures
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """20 % quantile, median, 80 % quantile."""
-    low, *_, high = quantiles(values, n=5, method="inclusive")
-    return low, median(values), high
-
-
-def significant(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 @functools.cache
 def origin(device: str) -> dict[str, Any]:
     """Where and when: the columns that all rows of a run share. Cached, so from before the run's first row."""
@@ -287,32 +275,3 @@ def origin(device: str) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     today = datetime.now(timezone.utc).date().isoformat()
     return {"date": today, "commit": commit(), "device": name, "torch": torch.__version__, "dtype": "float32"}
-
-
-def commit() -> str:
-    """Short hash of HEAD, with a + if the tree differs from it; what a benchmark writes does not count."""
-    status = ["status", "--porcelain", "--", ".", ":!bench/results", ":!README.md"]
-    try:
-        head, changes = (
-            subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-            for args in (["rev-parse", "--short", "HEAD"], status)
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + "+" * bool(changes)
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add the rows of one configuration, on disk when this returns; the header too if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8", newline="") as file:
-        file.seek(0)
-        header = file.readline()
-        if header and header.strip() != COLUMNS:
-            raise RuntimeError(f"{path} has other columns than this benchmark writes: {header.strip()}")
-        writer = csv.DictWriter(file, COLUMNS.split(","), extrasaction="ignore", lineterminator="\n")
-        if not header:
-            writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
