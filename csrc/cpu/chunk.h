@@ -15,15 +15,16 @@ namespace grgauge {
 namespace {
 
 constexpr float kLargest = 1e16f; /* beyond it an element counts as non-finite: its square would not survive float32 */
+constexpr float kSound = 0.99f * kLargest * kLargest; /* a sum of squares up to here has no such element in it */
 
 /* Everything that is the same for all elements of a segment; with AdamW, the scalars of torch's formula. */
 struct Scalars {
   F inv_scale, beta, one_minus_beta;
   F decay, weight1, beta2, weight2, step_size, root2, eps, direction;
   double step;
-  bool zero_grad;
+  bool zero_grad, far;
 
-  Scalars(const grgauge_pass& pass, double step_) : step(step_), zero_grad(pass.zero_grad) {
+  Scalars(const grgauge_pass& pass, double step_) : step(step_), zero_grad(pass.zero_grad), far(fetches_ahead(pass)) {
     inv_scale = F::all(pass.inv_scale ? *pass.inv_scale : 1.0f);
     beta = F::all(float(pass.beta));
     one_minus_beta = F::all(float(1.0 - pass.beta));
@@ -50,11 +51,16 @@ struct Streams {
 
 /* Sums of a few vectors in float, moved into double before seven additions' rounding could add up to 1e-6: a conversion
  * of every vector would cost more than the sums themselves. */
-constexpr int kVectors = 8;
+constexpr int kVectors = 16;
 
 struct Sums {
   F grad_sq{}, ema_sq{}, grad_abs{}, delta_sq{}, delta_abs{};
   int64_t nonfinite = 0;
+
+  bool sound() const {
+    const F limit = F::all(kSound);
+    return F::count(grad_sq <= limit) == F::W && F::count(ema_sq <= limit) == F::W;
+  }
 };
 
 struct Totals {
@@ -71,8 +77,7 @@ struct Totals {
   }
 };
 
-/* Fetch what comes this many elements later: the processor's own prefetchers stop at every page, and four streams reach
- * their ends together. Worth an eighth of the time on buffers larger than the caches. */
+/* Fetch what comes this many elements later, where `fetches_ahead` says that it pays. */
 constexpr int64_t kAhead = 1024;
 
 template <class T>
@@ -81,39 +86,46 @@ void prefetch(const T* p, int64_t i) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + (i + kAhead) * sizeof(T)));
 }
 
-template <class G, class P, bool adamw, bool states>
+/* What a loop is compiled for. With `states` ema or previous is there; `scaled`: gradients are multiplied by something;
+ * `masked`: non-finite elements are left out of the sums one by one, else whoever sums looks for them afterwards. */
+template <bool adamw_, bool sums_, bool states_, bool scaled_, bool masked_>
+struct Kind {
+  static constexpr bool adamw = adamw_, sums = sums_, states = states_, scaled = scaled_, masked = masked_;
+};
+
+template <class K, class G, class P>
 void prefetch(const Streams<G, P>& s, int64_t i) {
   prefetch(s.grad, i);
-  if (adamw) prefetch(s.param, i), prefetch(s.m, i), prefetch(s.v, i);
-  if (states && s.ema) prefetch(s.ema, i);
-  if (states && s.previous) prefetch(s.previous, i);
+  if (K::adamw) prefetch(s.param, i), prefetch(s.m, i), prefetch(s.v, i);
+  if (K::states && s.ema) prefetch(s.ema, i);
+  if (K::states && s.previous) prefetch(s.previous, i);
 }
 
-/* The elements from i on that fill one vector. `states`: ema or previous is there. */
-template <class G, class P, bool adamw, bool sums, bool states>
+/* The elements from i on that fill one vector. */
+template <class K, class G, class P>
 inline __attribute__((always_inline)) void visit(const Streams<G, P>& s, int64_t i, const Scalars& a, Sums& sum) {
   const F largest = F::all(kLargest);
-  const F g = F::load(s.grad + i) * a.inv_scale;
+  const F g = K::scaled ? F::load(s.grad + i) * a.inv_scale : F::load(s.grad + i);
   const auto finite = F::abs(g) <= largest;
-  const F clean = F::select(finite, g);
+  const F clean = K::masked ? F::select(finite, g) : g;
   F m{};
 
-  if (states && s.ema) {
+  if (K::states && s.ema) {
     const F old = F::load(s.ema + i);
     m = F::select(finite, F::fma(a.beta, old, a.one_minus_beta * clean), old);
     m.store(s.ema + i);
   }
-  if (states && s.previous) {
+  if (K::states && s.previous) {
     const F old = F::load(s.previous + i);
     const F delta = F::select(finite, clean - old);
     F::select(finite, clean, old).store(s.previous + i);
-    if (sums) {
+    if (K::sums) {
       sum.delta_sq = F::fma(delta, delta, sum.delta_sq);
       sum.delta_abs = sum.delta_abs + F::abs(delta);
     }
   }
-  if (adamw) {
-    const F update = g * a.direction;
+  if (K::adamw) {
+    const F update = K::scaled ? g * a.direction : g;
     const F old = F::load(s.m + i);
     const F exp_avg = F::fma(a.weight1, update - old, old);
     const F exp_avg_sq = F::fma(a.beta2, F::load(s.v + i), a.weight2 * update * update);
@@ -122,15 +134,35 @@ inline __attribute__((always_inline)) void visit(const Streams<G, P>& s, int64_t
     param.store(s.param + i);
     exp_avg.store(s.m + i);
     exp_avg_sq.store(s.v + i);
-    if (a.zero_grad) F::all(0.0f).store(s.grad + i);
-    if (sums && !(states && s.ema)) m = F::select(F::abs(exp_avg) <= largest, exp_avg);
+    if (K::masked && a.zero_grad) F::all(0.0f).store(s.grad + i);
+    if (!(K::states && s.ema)) m = K::masked ? F::select(F::abs(exp_avg) <= largest, exp_avg) : exp_avg;
   }
-  if (sums) {
+  if (K::sums) {
     sum.grad_sq = F::fma(clean, clean, sum.grad_sq);
     sum.grad_abs = sum.grad_abs + F::abs(clean);
     sum.ema_sq = F::fma(m, m, sum.ema_sq);
-    sum.nonfinite += F::W - F::count(finite);
+    if (K::masked) sum.nonfinite += F::W - F::count(finite);
   }
+}
+
+/* The sums of [i, end) once more, after an update that found something in there to leave out. */
+template <class K, class G, class P>
+Sums recount(const Streams<G, P>& s, int64_t i, int64_t end, const Scalars& a) {
+  const F largest = F::all(kLargest);
+  Sums sum;
+  for (; i < end; i += F::W) {
+    const F g = K::scaled ? F::load(s.grad + i) * a.inv_scale : F::load(s.grad + i);
+    const auto finite = F::abs(g) <= largest;
+    const F clean = F::select(finite, g);
+    sum.grad_sq = F::fma(clean, clean, sum.grad_sq);
+    sum.grad_abs = sum.grad_abs + F::abs(clean);
+    sum.nonfinite += F::W - F::count(finite);
+    if (K::adamw) {
+      const F exp_avg = F::load(s.m + i), m = F::select(F::abs(exp_avg) <= largest, exp_avg);
+      sum.ema_sq = F::fma(m, m, sum.ema_sq);
+    }
+  }
+  return sum;
 }
 
 template <class T>
@@ -139,19 +171,19 @@ void copy(T* to, const T* from, int64_t n) {
 }
 
 /* The last, partial vector of a chunk: moved through a zero-padded copy, so its elements see the same operations. */
-template <class G, class P, bool adamw, bool sums, bool states>
+template <class K, class G, class P>
 void visit_tail(const Streams<G, P>& s, int64_t i, int64_t n, const Scalars& a, Sums& sum) {
   G grad[F::W] = {};
   P param[F::W] = {};
   float m[F::W] = {}, v[F::W] = {}, ema[F::W] = {}, previous[F::W] = {};
   const Streams<G, P> padded{grad, param, m, v, s.ema ? ema : nullptr, s.previous ? previous : nullptr};
   copy(grad, s.grad + i, n);
-  if (adamw) copy(param, s.param + i, n), copy(m, s.m + i, n), copy(v, s.v + i, n);
+  if (K::adamw) copy(param, s.param + i, n), copy(m, s.m + i, n), copy(v, s.v + i, n);
   if (s.ema) copy(ema, s.ema + i, n);
   if (s.previous) copy(previous, s.previous + i, n);
-  visit<G, P, adamw, sums, states>(padded, 0, a, sum);
-  if (adamw) copy(s.param + i, param, n), copy(s.m + i, m, n), copy(s.v + i, v, n);
-  if (adamw && a.zero_grad) copy(s.grad + i, grad, n);
+  visit<K>(padded, 0, a, sum);
+  if (K::adamw) copy(s.param + i, param, n), copy(s.m + i, m, n), copy(s.v + i, v, n);
+  if (K::adamw && a.zero_grad) copy(s.grad + i, grad, n);
   if (s.ema) copy(s.ema + i, ema, n);
   if (s.previous) copy(s.previous + i, previous, n);
 }
@@ -161,15 +193,31 @@ T* at(void* const* base, int64_t i, int64_t offset) {
   return base ? static_cast<T*>(base[i]) + offset : nullptr;
 }
 
+/* One chunk's whole vectors. */
+template <class K, class G, class P>
+void visit_vectors(const Streams<G, P>& s, int64_t whole, const Scalars& a, Totals& total) {
+  for (int64_t i = 0; i < whole;) {
+    const int64_t begin = i, end = std::min(whole, i + kVectors * F::W);
+    Sums sum;
+    for (; i < end; i += F::W) {
+      if (a.far) prefetch<K>(s, i);
+      visit<K>(s, i, a, sum);
+    }
+    if (K::sums && !K::masked && !sum.sound()) sum = recount<K>(s, begin, end, a);
+    if (K::sums) total.add(sum, K::states);
+  }
+}
+
 /* Chunks [first, last) of the plan; the sums of chunk i go to partials[i * GRGAUGE_SUMS]. */
-template <class G, class P, bool adamw, bool sums, bool states>
+template <class K, class G, class P>
 void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double* partials) {
-  Scalars scalars(pass, adamw && first < last ? step_of(pass, pass.rows[first].segment) : 1.0);
+  using Masked = Kind<K::adamw, K::sums, K::states, K::scaled, true>;
+  Scalars scalars(pass, K::adamw && first < last ? step_of(pass, pass.rows[first].segment) : 1.0);
 
   for (int64_t c = first; c < last; ++c) {
     const grgauge_row row = pass.rows[c];
     const int64_t base = pass.flat ? 0 : row.segment;
-    if (adamw && step_of(pass, row.segment) != scalars.step) scalars = Scalars(pass, step_of(pass, row.segment));
+    if (K::adamw && step_of(pass, row.segment) != scalars.step) scalars = Scalars(pass, step_of(pass, row.segment));
     const Streams<G, P> s{at<G>(pass.grads, base, row.offset),
                           at<P>(pass.params, base, row.offset),
                           at<float>(pass.exp_avgs, base, row.offset),
@@ -178,20 +226,13 @@ void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double*
                           pass.previous ? pass.previous + row.state : nullptr};
     Totals total;
     const int64_t whole = row.length / F::W * F::W;
-    for (int64_t i = 0; i < whole;) {
-      Sums sum;
-      for (const int64_t end = std::min(whole, i + kVectors * F::W); i < end; i += F::W) {
-        prefetch<G, P, adamw, states>(s, i);
-        visit<G, P, adamw, sums, states>(s, i, scalars, sum);
-      }
-      if (sums) total.add(sum, states);
-    }
+    visit_vectors<K>(s, whole, scalars, total);
     if (whole < row.length) {
       Sums sum;
-      visit_tail<G, P, adamw, sums, states>(s, whole, row.length - whole, scalars, sum);
-      if (sums) total.add(sum, states);
+      visit_tail<Masked>(s, whole, row.length - whole, scalars, sum);
+      if (K::sums) total.add(sum, K::states);
     }
-    if (sums) {
+    if (K::sums) {
       double* out = partials + c * GRGAUGE_SUMS;
       out[0] = total.grad_sq.total();
       out[1] = total.ema_sq.total();
@@ -203,20 +244,30 @@ void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double*
   }
 }
 
-template <class G, class P, bool adamw>
+template <class G, class P, bool adamw, bool scaled>
 visit_function choose_sums(const grgauge_pass& pass) {
-  if (pass.ema || pass.previous) return visit_chunks<G, P, adamw, true, true>;
-  if (!adamw || pass.stats) return visit_chunks<G, P, adamw, true, false>;
-  return visit_chunks<G, P, adamw, false, false>;
+  if (pass.ema || pass.previous) return visit_chunks<Kind<adamw, true, true, scaled, true>, G, P>;
+  const bool sums = !adamw || pass.stats;
+  if (pass.zero_grad && adamw) /* the gradient is gone when somebody would like to look again */
+    return sums ? visit_chunks<Kind<adamw, true, false, scaled, true>, G, P>
+                : visit_chunks<Kind<adamw, false, false, scaled, true>, G, P>;
+  return sums ? visit_chunks<Kind<adamw, true, false, scaled, false>, G, P>
+              : visit_chunks<Kind<adamw, false, false, scaled, false>, G, P>;
+}
+
+template <class G, class P, bool adamw>
+visit_function choose_scaled(const grgauge_pass& pass) {
+  const bool scaled = pass.inv_scale || (adamw && (pass.clip || pass.maximize));
+  return scaled ? choose_sums<G, P, adamw, true>(pass) : choose_sums<G, P, adamw, false>(pass);
 }
 
 template <class G>
 visit_function choose_param(const grgauge_pass& pass) {
-  if (!pass.params) return choose_sums<G, float, false>(pass);
+  if (!pass.params) return choose_scaled<G, float, false>(pass);
   switch (pass.param_dtype) {
-    case GRGAUGE_F32: return choose_sums<G, float, true>(pass);
-    case GRGAUGE_BF16: return choose_sums<G, bf16, true>(pass);
-    case GRGAUGE_F16: return choose_sums<G, f16, true>(pass);
+    case GRGAUGE_F32: return choose_scaled<G, float, true>(pass);
+    case GRGAUGE_BF16: return choose_scaled<G, bf16, true>(pass);
+    case GRGAUGE_F16: return choose_scaled<G, f16, true>(pass);
   }
   return nullptr;
 }

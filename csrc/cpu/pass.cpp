@@ -29,8 +29,22 @@ Isa isas[] = {
 
 const Isa* active = std::find_if(std::begin(isas), std::end(isas), [](const Isa& isa) { return isa.runs; });
 
+#if defined(__x86_64__)
+const bool intel = __builtin_cpu_is("intel");
+#else
+const bool intel = false;
+#endif
+
 /* Fewer elements than this on a thread are not worth waking it for. */
 constexpr int64_t kGrain = 16384;
+
+/* More than this do not stay in a cache from step to step. */
+constexpr int64_t kCached = 1 << 20;
+
+int64_t elements(const grgauge_pass& pass) {
+  const grgauge_row& last = pass.rows[pass.chunks - 1];
+  return last.state + last.length;
+}
 
 struct Job {
   const grgauge_pass& pass;
@@ -42,15 +56,20 @@ struct Job {
 void run_share(void* data, int thread, int threads) {
   const Job& job = *static_cast<const Job*>(data);
   const grgauge_row *rows = job.pass.rows, *end = rows + job.pass.chunks;
-  const int64_t elements = end[-1].state + end[-1].length;
+  const int64_t visited = elements(job.pass);
   const auto cut = [&](int64_t share) {
-    const int64_t target = elements * share / threads;
+    const int64_t target = visited * share / threads;
     return std::lower_bound(rows, end, target, [](const grgauge_row& row, int64_t n) { return row.state < n; }) - rows;
   };
   job.visit(job.pass, cut(thread), thread + 1 == threads ? job.pass.chunks : cut(thread + 1), job.partials);
 }
 
 }  // namespace
+
+/* At 50 M, Intel's own prefetchers stop at every page, where four streams reach their ends together: fetching ahead saves
+ * an eighth (Ice Lake). AMD's do not, and it costs a quarter (Zen 4). */
+bool fetches_ahead(const grgauge_pass& pass) { return intel && elements(pass) > kCached; }
+
 }  // namespace grgauge
 
 extern "C" {
@@ -91,8 +110,7 @@ int grgauge_cpu_pass(const grgauge_pass* pass, int threads) {
   } catch (const std::bad_alloc&) {
     return GRGAUGE_OUT_OF_MEMORY;
   }
-  const grgauge_row& last = pass->rows[pass->chunks - 1];
-  const int64_t useful = std::max<int64_t>(1, std::min(pass->chunks, (last.state + last.length) / kGrain));
+  const int64_t useful = std::max<int64_t>(1, std::min(pass->chunks, elements(*pass) / kGrain));
   Job job{*pass, visit, partials.data()};
   parallel(int(std::min<int64_t>(threads, useful)), run_share, &job);
 

@@ -25,6 +25,9 @@ static inline double step_of(const grgauge_pass& pass, int64_t segment) {
   return pass.steps[pass.step_per_segment ? segment : 0];
 }
 
+/* True where a pass should fetch memory ahead of its use. */
+bool fetches_ahead(const grgauge_pass& pass);
+
 /* Calls task(data, thread, threads) on each of `threads` threads of the OpenMP runtime that the process already has,
  * so that the kernels and torch share one pool; on threads of its own if there is none. */
 void parallel(int threads, void (*task)(void* data, int thread, int threads), void* data);

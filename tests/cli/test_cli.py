@@ -117,7 +117,9 @@ def test_the_live_table_needs_rich(monkeypatch, capsys):
 
 
 def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path):
-    command = [sys.executable, "-c", "import sys; from grgauge.cli import main; sys.exit(main())", "demo"]
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{hears}; import sys; from grgauge.cli import main; sys.exit(main())", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
         assert "three learning rates" in process.stdout.readline()
