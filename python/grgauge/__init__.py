@@ -2,13 +2,28 @@
 
 AdamW    torch.optim.AdamW whose step also takes the gauges' sums
 Gauge    GR_T, GR_S, noise scale and gradient norm of a training run
+GradES   freezes weight matrices one by one, as their gradients come to rest
 verdict  what a reading says about learning rate and batch size
 """
 
-from . import estimators, smoothing, theory
+from . import estimators, invariance, smoothing, theory
 from .gauge import Gauge
+from .grades import GradES, MatrixReading
 from .optim import AdamW
 from .policy import Target, verdict
 from .reading import Reading, SegmentReading
 
-__all__ = ["AdamW", "Gauge", "Reading", "SegmentReading", "Target", "estimators", "smoothing", "theory", "verdict"]
+__all__ = [
+    "AdamW",
+    "Gauge",
+    "GradES",
+    "MatrixReading",
+    "Reading",
+    "SegmentReading",
+    "Target",
+    "estimators",
+    "invariance",
+    "smoothing",
+    "theory",
+    "verdict",
+]

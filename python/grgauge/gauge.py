@@ -30,7 +30,7 @@ WARM_UP = 20
 """Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
 
 LATE = 20
-"""Readings after which the per-segment table is brought up to date although nobody has asked for it."""
+"""Readings after which readings and the per-segment table are worked out although nobody has asked for them."""
 
 
 class Gauge:
@@ -97,7 +97,10 @@ class Gauge:
             self._groups.append(self._sample.difference())
 
     def reading(self) -> Reading | None:
-        """The newest finished reading, None before the first. Never waits for the device."""
+        """The newest finished reading, None before the first. Never waits for the device.
+
+        Steps only gather sums; what they say is worked out here, and not at all if nobody asks.
+        """
         while self._in_flight and self._in_flight[0].transfer.done():
             self._finish(self._in_flight.pop(0))
         return self._newest
@@ -155,7 +158,8 @@ class Gauge:
         self._rows.append(sums)
         if self._step % self.every == 0:
             self._send(read=True)
-            self.reading()
+            if len(self._in_flight) > LATE:
+                self.reading()
 
     def _lay_out(self, layout: list[list[torch.Tensor]]) -> None:
         """Take notice of which parameters the sums are of. Other ones than before: start cold."""
@@ -174,22 +178,23 @@ class Gauge:
         rows, groups = self._rows, self._groups if read else []
         tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*groups))]  # noqa: B905
         tensors += [bucket.steps.double() for bucket in rows[-1]]
-        window = _Window(rows, groups, Transfer(tensors), read, self._step, self.batch_size)
+        transfer = Transfer(tensors)
+        window = _Window(rows, groups, transfer, read, self._step, self.batch_size, self._source.problem())
         self._in_flight.append(window)
         self._rows, self._groups = [], []
 
     def _finish(self, window: _Window) -> None:
         arrays = iter(window.transfer.arrays())
         rows, groups = _Rows(window.rows, arrays), _Rows(window.groups, arrays)
-        ages = np.concatenate([next(arrays) for _ in window.rows[-1]])
+        ages = _Ages([next(arrays) for _ in window.rows[-1]])
         for grad_sq in self._table.fold(rows):
             self._temporal.update(grad_sq)
         if window.read:
             self._newest = self._read(window, rows, ages, groups)
 
-    def _read(self, window: _Window, rows: _Rows, ages: Array, groups: _Rows) -> Reading:
+    def _read(self, window: _Window, rows: _Rows, ages: _Ages, groups: _Rows) -> Reading:
         newest = rows.taken[-1] if rows.taken else None
-        gr_t, temporal_problem = self._read_temporal(rows, newest, ages)
+        gr_t, temporal_problem = self._read_temporal(window, rows, newest, ages)
         problem = self._take_groups(window, groups)
         spatial = self._spatial if groups.totals and self._spatial.readings else None
         if spatial is not None and problem is None and not spatial.ready:
@@ -200,7 +205,7 @@ class Gauge:
             batch_size=window.batch_size,
             gr_t=gr_t,
             gr_t_error=_known(self._temporal.standard_error) if gr_t is not None else None,
-            settled=finite_time_factor(float(ages.max(initial=0.0)), self.beta),
+            settled=finite_time_factor(ages.oldest, self.beta),
             gr_s=_known(spatial.gr_s(window.batch_size)) if spatial else None,
             gr_s_error=_known(spatial.gr_s_error(window.batch_size)) if spatial else None,
             noise_scale=_known(spatial.noise_scale) if spatial else None,
@@ -212,16 +217,18 @@ class Gauge:
             table=self._table.snapshot(None if newest is None else rows.sums[newest]),
         )
 
-    def _read_temporal(self, rows: _Rows, newest: int | None, ages: Array) -> tuple[float | None, str | None]:
+    def _read_temporal(
+        self, window: _Window, rows: _Rows, newest: int | None, ages: _Ages
+    ) -> tuple[float | None, str | None]:
         """GR_T, and why it is missing or not ready."""
         if newest is None:
             return None, "GR_T not available: every step since the last reading was skipped"
-        if (problem := self._source.problem()) is not None:
-            return None, problem
+        if window.problem is not None:
+            return None, window.problem
         gr_t = _known(self._temporal.read(self._table.moment(rows, newest, ages)))
         if gr_t is None:
             return None, "GR_T not available: all gradients are zero"
-        missing = WARM_UP - min(ages.max(initial=0.0), self._temporal.steps)
+        missing = WARM_UP - min(ages.oldest, self._temporal.steps)
         return gr_t, f"GR_T not ready: needs {missing:.0f} more steps" if missing > 0 else None
 
     def _take_groups(self, window: _Window, groups: _Rows) -> str | None:
@@ -254,6 +261,16 @@ class _Window:
     read: bool
     step: int
     batch_size: float
+    problem: str | None
+
+
+class _Ages:
+    """Number of updates that each segment's m has had: float64 [segments], all buckets together."""
+
+    def __init__(self, buckets: list[Array]) -> None:
+        self.each = np.concatenate(buckets) if len(buckets) != 1 else buckets[0]
+        self.youngest = float(self.each.min(initial=math.inf))
+        self.oldest = float(self.each.max(initial=0.0))
 
 
 class _Rows:
@@ -319,15 +336,15 @@ class _Table:
         self.steps, self.grad_sq = _advanced(self.steps, self.grad_sq, self._late, self.beta)
         self._late = []
 
-    def moment(self, rows: _Rows, i: int, ages: Array) -> float:
+    def moment(self, rows: _Rows, i: int, ages: _Ages) -> float:
         """|m^|^2 over all segments at step i, bias-corrected by the number of updates each one's m has had."""
         now = rows.sums[i, :, EMA_SQ]
         if rows.seen is None:
-            self.moment_sq = functools.partial(_moment_sq, now, ages, self.beta)
-            if ages.min() == ages.max() > 0:
-                return float(rows.totals[i][EMA_SQ] / (1 - self.beta ** float(ages[0])) ** 2)
+            self.moment_sq = functools.partial(_moment_sq, now, ages.each, self.beta)
+            if ages.youngest == ages.oldest > 0:
+                return rows.totals[i][EMA_SQ] / (1 - self.beta**ages.oldest) ** 2
         else:
-            known = np.where(rows.seen[i], _moment_sq(now, ages, self.beta), self.moment_sq())
+            known = np.where(rows.seen[i], _moment_sq(now, ages.each, self.beta), self.moment_sq())
             self.moment_sq = functools.partial(np.copy, known)
         return float(self.moment_sq().sum())
 
