@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .theory import require, require_batch
 
-__all__ = ["gr_s", "gr_t", "noise_scale_from_xi", "two_batch"]
+__all__ = ["Groups", "gr_s", "gr_t", "noise_scale_from_xi", "two_batch"]
 
 
 def gr_t(grad_sq_mean: float, ema_sq: float) -> float:
@@ -35,6 +36,15 @@ def gr_t(grad_sq_mean: float, ema_sq: float) -> float:
     if ema_sq == 0.0:
         return math.inf if grad_sq_mean > 0.0 else math.nan
     return grad_sq_mean / ema_sq
+
+
+class Groups(NamedTuple):
+    """What one step's groups (ranks or micro-batches) tell: the arguments of `two_batch`, in its order."""
+
+    group_sq: list[float]
+    grad_sq: float
+    group_sizes: list[float]
+    weights: list[float]
 
 
 def two_batch(

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-import grgauge_kernels as gk
-
-from .estimators import two_batch
-from .optim import AdamW, BucketSums
-from .reading import Reading, SegmentReading
+from .estimators import Groups, two_batch
+from .optim import AdamW, BucketSums, is_sharded
+from .reading import Reading
 from .smoothing import Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample
+from .table import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, Table
 from .theory import finite_time_factor
-from .transfer import Transfer
+from .transfer import Array, Transfer
 
-Array = npt.NDArray[np.float64]
-
-GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
+if TYPE_CHECKING:
+    from .distributed import CommHook, Ranks
 
 WARM_UP = 20
 """Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
-
-LATE = 20
-"""Readings after which readings and the per-segment table are worked out although nobody has asked for them."""
 
 
 class Gauge:
@@ -42,12 +35,14 @@ class Gauge:
 
     optimizer   any torch optimizer with dense gradients
     batch_size  global batch in samples; set it anew when the batch changes
-    groups      micro-batches in a step; None: as many as `micro_step` was called for. GR_S needs at least two
+    groups      micro-batches in a step; None: as many as `micro_step` was called for. GR_S needs at least two. With
+                `attach`, ranks are the groups
     every       steps between readings
     sample      parameters looked at, where a pass of the gauge's own is needed
     beta        smoothing factor of both moments of GR_T, and over readings of S and G2. The published target of GR_T
                 belongs to 0.9
     seed        which parameters a sample takes
+    scaler      the torch.amp.GradScaler in use, so that groups are read at their true scale
 
     Raises ValueError for a number out of range.
     """
@@ -62,6 +57,7 @@ class Gauge:
         sample: int = 50_000_000,
         beta: float = 0.9,
         seed: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("every", every), ("sample", sample)):
             if not value >= 1:
@@ -71,39 +67,116 @@ class Gauge:
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
         self.batch_size, self.groups, self.every, self.beta = batch_size, groups, every, beta
-        self._optimizer = optimizer
+        self._optimizer, self._scaler = optimizer, scaler
         self._temporal, self._spatial = Temporal(beta), Spatial(beta)
-        self._table = _Table([], [], beta)
+        self._table = Table([], [], beta)
         self._layout: list[list[torch.Tensor]] = []
         self._step = 0
         self._rows: list[list[BucketSums]] = []
         self._groups: list[list[BucketSums]] = []
+        self._shares: list[tuple[float | None, float | None]] = []
+        self._ranks: Ranks | None = None
         self._in_flight: list[_Window] = []
         self._newest: Reading | None = None
-        self._sample = Sample(optimizer, sample, seed)
+        self._sample, self._seed = Sample(optimizer, sample, seed), seed
         self._source: FusedSource | OwnSource
         if isinstance(optimizer, AdamW) and FusedSource.fits(optimizer, beta):
             self._source = FusedSource(optimizer, beta, self._on_step)
         else:
             self._source = OwnSource(optimizer, self._sample, beta, self._on_step)
 
-    def micro_step(self) -> None:
+    def attach(self, module: torch.nn.Module, *, comm_hook: CommHook | None = None, state: Any = None) -> None:
+        """Make the ranks of a data-parallel module the groups of GR_S; no `micro_step` is needed then.
+
+        module      DistributedDataParallel, or the root module that torch.distributed.fsdp.fully_shard was applied to
+                    (a mesh of two dimensions is HSDP: all its ranks are groups)
+        comm_hook, state   DDP: the communication hook that reduces the gradients, and its state; None is DDP's own
+                    all-reduce. The gauge measures before it and behind it
+
+        Every rank takes part in one small asynchronous all-reduce a reading, and all of them hold the same readings.
+        Where gradients accumulate, keep all micro-batches but the last from being reduced. With FSDP2, `state_dict`
+        must be called on all ranks alike.
+
+        Raises TypeError for another kind of module, ValueError if it has a communication hook already or the gauge is
+        attached.
+        """
+        from .distributed import Ranks
+
+        if self._ranks is not None:
+            raise ValueError("module is the second one: the gauge is attached to one already")
+        self._ranks = Ranks(module, self._sample.share, self._seed, self._due, self._inv_scale, comm_hook, state)
+
+    def micro_step(self, samples: float | None = None, weight: float | None = None) -> None:
         """Call after each micro-batch's backward: the gradient that it has added is one group of GR_S.
 
-        Gradients must accumulate over the step and every micro-batch count alike; whether losses are divided by their
-        number does not matter. Costs nothing but on the steps that are read.
+        samples  its size in samples, or in tokens where losses are means over tokens; None: batch_size / groups
+        weight   its loss's share in the step's, in any unit (its tokens, say); None: all alike
+
+        Gradients must accumulate over the step. Costs nothing but on the steps that are read. Where ranks are the
+        groups (`attach`) it is needed only for what it says of this rank: samples and weights of its micro-batches add
+        up.
+
+        Raises ValueError for a size or weight that is not above 0.
         """
-        if (self._step + 1) % self.every == 0:
-            self._groups.append(self._sample.difference())
+        for name, value in (("samples", samples), ("weight", weight)):
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0, or None")
+        if not self._due():
+            return
+        if self._ranks is not None:
+            self._ranks.count(samples, weight)
+        else:
+            self._groups.append(self._sample.difference(self._inv_scale()))
+            self._shares.append((samples, weight))
+
+    def split_backward(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        """Backward of one batch on one device; on steps that are read in two halves, which are the groups of GR_S.
+
+        loss_fn  maps a batch to its mean loss
+        batch    a tensor [samples, ...], or a tuple, list or dict of such
+
+        Returns the loss, detached. The halves' losses are weighted by their sizes, so gradients add up to the same mean
+        over the batch. A batch of one sample is not split, and gives no GR_S. Raises ValueError for tensors of unequal
+        length, or without any, and where ranks are the groups.
+        """
+        if self._ranks is not None:
+            raise ValueError("split_backward is for one device; the ranks of the attached module are groups already")
+        size = _length(batch)
+        if not self._due() or size < 2:
+            loss = loss_fn(batch)
+            loss.backward()
+            return loss.detach()
+        total = torch.zeros(())
+        for part in (slice(0, size // 2), slice(size // 2, size)):
+            samples = part.stop - part.start
+            loss = loss_fn(_part(batch, part)) * (samples / size)
+            loss.backward()
+            self.micro_step(samples, samples)
+            total = total.to(loss.device) + loss.detach()
+        return total
 
     def reading(self) -> Reading | None:
         """The newest finished reading, None before the first. Never waits for the device.
 
-        Steps only gather sums; what they say is worked out here, and not at all if nobody asks.
+        Steps only gather sums; what they say is worked out here, and not at all if nobody asks. Attached to a module, a
+        reading is out one step late, on all ranks in the same step, and waits for the ranks' sum where it must.
         """
-        while self._in_flight and self._in_flight[0].transfer.done():
+        while self._in_flight and self._is_due_out(self._in_flight[0]):
             self._finish(self._in_flight.pop(0))
         return self._newest
+
+    def _is_due_out(self, window: _Window) -> bool:
+        # Ranks must not go by what each of them happens to have received: they would tell different readings.
+        return window.step < self._step if self._ranks is not None else window.transfer.done()
+
+    def _due(self) -> bool:
+        """True if the step in progress will be read."""
+        return (self._step + 1) % self.every == 0
+
+    def _inv_scale(self) -> Tensor | None:
+        """What gradients in progress are to be multiplied by. A tensor: asking its value would wait for the device."""
+        scale = None if self._scaler is None else self._scaler._scale
+        return None if scale is None else scale.float().reciprocal()
 
     def restart(self) -> None:
         """Start cold, as after a change of learning rate or batch: what was seen before no longer counts.
@@ -113,12 +186,14 @@ class Gauge:
         self._temporal.restart()
         self._spatial.restart()
         self._source.restart()
-        self._table = _Table([], [], self.beta)
-        self._layout, self._rows, self._groups, self._in_flight = [], [], [], []
+        self._table = Table([], [], self.beta)
+        self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
 
     def remove(self) -> None:
         """Unhook the gauge from its optimizer; the newest reading stays."""
         self._source.remove()
+        if self._ranks is not None:
+            self._ranks.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """All that readings depend on, to be taken between two steps. Waits for sums on their way to the host."""
@@ -128,6 +203,7 @@ class Gauge:
         return {
             "step": self._step,
             "batch_size": self.batch_size,
+            "ranks": 1 if self._ranks is None else self._ranks.size,
             "temporal": self._temporal.state_dict(),
             "spatial": self._spatial.state_dict(),
             "table": self._table.state_dict(),
@@ -137,6 +213,9 @@ class Gauge:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit; the optimizer's own state must be loaded as well.
 
+        On another number of ranks S, G2 and V go on, as they mean the same there; an EMA of the gauge's own that was
+        spread over ranks cannot, and starts cold with a warning. Attach first.
+
         Raises ValueError if the state belongs to another kind of optimizer or to other parameters; the gauge is then as
         it was.
         """
@@ -145,9 +224,9 @@ class Gauge:
         spatial.load_state_dict(state["spatial"])
         self._source.load_state_dict(state["source"])
         self._temporal, self._spatial = temporal, spatial
-        self._table = _Table.from_state(state["table"], self.beta)
+        self._table = Table.from_state(state["table"], self.beta)
         self._step, self.batch_size = state["step"], state["batch_size"]
-        self._layout, self._rows, self._groups, self._in_flight = [], [], [], []
+        self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
         self._newest = None
 
     def _on_step(self, sums: list[BucketSums]) -> None:
@@ -164,7 +243,13 @@ class Gauge:
     def _lay_out(self, layout: list[list[torch.Tensor]]) -> None:
         """Take notice of which parameters the sums are of. Other ones than before: start cold."""
         names = _names(self._optimizer)
-        table = _Table([names[id(p)] for ps in layout for p in ps], [p.numel() for ps in layout for p in ps], self.beta)
+        sharded = [names[id(p)] for ps in layout for p in ps if is_sharded(p)]
+        if sharded and self._ranks is None:
+            raise RuntimeError(f"{sharded[0]} is sharded over ranks: call gauge.attach(module) before the first step")
+        strangers = [names[id(p)] for ps in layout for p in ps if self._ranks and id(p) not in self._ranks.params]
+        if strangers:
+            raise RuntimeError(f"{strangers[0]} is no parameter of the attached module, or came after attach(module)")
+        table = Table([names[id(p)] for ps in layout for p in ps], [p.numel() for ps in layout for p in ps], self.beta)
         if (table.names, table.sizes) != (self._table.names, self._table.sizes):
             if self._table.names:
                 self.restart()
@@ -175,28 +260,53 @@ class Gauge:
         """Let the sums gathered so far travel to the host, to be folded in and, with `read`, to become a reading."""
         if not self._rows:
             return
-        rows, groups = self._rows, self._groups if read else []
+        rows, groups, shares = self._rows, *((self._groups, self._shares) if read else ([], []))
         tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*groups))]  # noqa: B905
-        tensors += [bucket.steps.double() for bucket in rows[-1]]
-        transfer = Transfer(tensors)
-        window = _Window(rows, groups, transfer, read, self._step, self.batch_size, self._source.problem())
-        self._in_flight.append(window)
-        self._rows, self._groups = [], []
+        ages = [bucket.steps.double() for bucket in rows[-1]]
+        ranks, summed, calls = self._ranks, [], 0
+        if ranks is not None and ranks.sharded:
+            summed = [_whole(bucket, stats) / ranks.replicas for bucket, stats in zip(rows[-1], tensors, strict=True)]
+            tensors = []
+        if ranks is not None and read:
+            table, calls = ranks.collect(ages[0].device)
+            summed.append(table)
+        self._in_flight.append(
+            _Window(
+                rows,
+                groups,
+                shares,
+                Transfer([*ages, *tensors], summed, ranks.group if ranks else None),
+                read,
+                calls,
+                self._step,
+                self.batch_size,
+                self._source.problem(),
+            )
+        )
+        self._rows, self._groups, self._shares = [], [], []
 
     def _finish(self, window: _Window) -> None:
         arrays = iter(window.transfer.arrays())
-        rows, groups = _Rows(window.rows, arrays), _Rows(window.groups, arrays)
-        ages = _Ages([next(arrays) for _ in window.rows[-1]])
+        ages = Ages([next(arrays) for _ in window.rows[-1]])
+        rows, groups = Rows(window.rows, arrays), Rows(window.groups, arrays)
         for grad_sq in self._table.fold(rows):
             self._temporal.update(grad_sq)
-        if window.read:
-            self._newest = self._read(window, rows, ages, groups)
+        if not window.read:
+            return
+        if self._ranks is not None:
+            spatial = self._ranks.groups(next(arrays).tolist(), window.batch_size, window.calls)
+        else:
+            spatial = self._micro_batches(window, groups)
+        self._newest = self._read(window, rows, ages, spatial)
 
-    def _read(self, window: _Window, rows: _Rows, ages: _Ages, groups: _Rows) -> Reading:
+    def _read(self, window: _Window, rows: Rows, ages: Ages, groups: Groups | str) -> Reading:
         newest = rows.taken[-1] if rows.taken else None
         gr_t, temporal_problem = self._read_temporal(window, rows, newest, ages)
-        problem = self._take_groups(window, groups)
-        spatial = self._spatial if groups.totals and self._spatial.readings else None
+        problem = groups if isinstance(groups, str) else None
+        if not isinstance(groups, str) and not self._spatial.update(*two_batch(*groups)):
+            problem = "GR_S skipped a reading: gradients out of range"
+        skipped = problem is not None and problem.startswith("GR_S skipped")
+        spatial = self._spatial if (problem is None or skipped) and self._spatial.readings else None
         if spatial is not None and problem is None and not spatial.ready:
             steps = spatial.readings_until_ready * self.every
             problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
@@ -218,7 +328,7 @@ class Gauge:
         )
 
     def _read_temporal(
-        self, window: _Window, rows: _Rows, newest: int | None, ages: _Ages
+        self, window: _Window, rows: Rows, newest: int | None, ages: Ages
     ) -> tuple[float | None, str | None]:
         """GR_T, and why it is missing or not ready."""
         if newest is None:
@@ -231,8 +341,8 @@ class Gauge:
         missing = WARM_UP - min(ages.oldest, self._temporal.steps)
         return gr_t, f"GR_T not ready: needs {missing:.0f} more steps" if missing > 0 else None
 
-    def _take_groups(self, window: _Window, groups: _Rows) -> str | None:
-        """One reading of S and G2 from the groups of a step. Returns why there is none."""
+    def _micro_batches(self, window: _Window, groups: Rows) -> Groups | str:
+        """The groups of a step's micro-batches, or why there are none."""
         n = len(groups.totals)
         if self.groups is not None and self.groups < 2:
             return f"GR_S not available: groups is {self.groups}; it needs at least two micro-batches or ranks"
@@ -243,12 +353,14 @@ class Gauge:
             return f"GR_S not available: micro_step() was called {n} times in the step, not {wanted}"
         if any(total[NONFINITE] for total in groups.totals):
             return "GR_S skipped a reading: non-finite gradients"
-        # Gradients accumulate, so what micro-batch i added is the difference, and the first one's is its whole.
-        group_sq = [groups.totals[0][GRAD_SQ]] + [total[DELTA_SQ] for total in groups.totals[1:]]
-        mean_sq = groups.totals[-1][GRAD_SQ] / n**2
-        if not self._spatial.update(*two_batch(group_sq, mean_sq, [window.batch_size / n] * n)):
-            return "GR_S skipped a reading: gradients out of range"
-        return None
+        samples, weights = ([value for value in column if value is not None] for column in zip(*window.shares))  # noqa: B905
+        if len(samples) % n or len(weights) % n:
+            return "GR_S not available: micro_step() was given samples or weight for some micro-batches only"
+        p = [w / sum(weights) for w in weights] or [1.0 / n] * n
+        # Gradients accumulate, so what micro-batch i added, p_i G_i, is the difference, and the first one's its whole.
+        added = [groups.totals[0][GRAD_SQ]] + [total[DELTA_SQ] for total in groups.totals[1:]]
+        squares = [sq / share**2 for sq, share in zip(added, p, strict=True)]
+        return Groups(squares, groups.totals[-1][GRAD_SQ], samples or [window.batch_size / n] * n, p)
 
 
 @dataclass
@@ -257,153 +369,13 @@ class _Window:
 
     rows: list[list[BucketSums]]
     groups: list[list[BucketSums]]
+    shares: list[tuple[float | None, float | None]]
     transfer: Transfer
     read: bool
+    calls: int
     step: int
     batch_size: float
     problem: str | None
-
-
-class _Ages:
-    """Number of updates that each segment's m has had: float64 [segments], all buckets together."""
-
-    def __init__(self, buckets: list[Array]) -> None:
-        self.each = np.concatenate(buckets) if len(buckets) != 1 else buckets[0]
-        self.youngest = float(self.each.min(initial=math.inf))
-        self.oldest = float(self.each.max(initial=0.0))
-
-
-class _Rows:
-    """The sums of several passes over the same segments on the host, all buckets together.
-
-    sums    float64 [passes, segments, 6], scaled up from the sample to the whole of each segment
-    seen    bool [passes, segments], False where a pass did not visit a segment; None if all visited all
-    totals  the six sums over all segments, a list of six a pass
-    taken   the passes that count: the optimizer skipped the others, as GradScaler has it do on overflow
-    """
-
-    sums: Array
-    seen: npt.NDArray[np.bool_] | None = None
-    totals: list[list[float]]
-    taken: list[int]
-
-    def __init__(self, rows: list[list[BucketSums]], arrays: Iterator[Array]) -> None:
-        if not rows:
-            self.sums, self.totals, self.taken = np.empty((0, 0, len(gk.STATS))), [], []
-            return
-        parts = [next(arrays) for _ in rows[0]]
-        if not all(bucket.plan.complete for row in rows for bucket in row):
-            scales = [np.stack([row[i].plan.scale for row in rows]) for i in range(len(parts))]
-            parts = [part * scale[:, :, None] for part, scale in zip(parts, scales, strict=True)]
-            self.seen = np.array([np.concatenate([bucket.plan.seen for bucket in row]) for row in rows])
-        self.sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        self.totals = self.sums.sum(axis=1).tolist()
-        self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
-
-
-class _Table:
-    """Each segment's own V, and |m|^2 as last seen. A segment without gradient keeps both, as its optimizer does.
-
-    A reading needs the totals alone, so what belongs to single segments is worked out when somebody asks, or when
-    `LATE` readings' worth of it has gathered.
-    """
-
-    def __init__(self, names: list[str], sizes: list[int], beta: float) -> None:
-        self.names, self.sizes, self.beta = names, sizes, beta
-        # Replaced, never changed in place: tables of earlier readings refer to them.
-        self.steps = np.zeros(len(names))
-        self.grad_sq = np.zeros(len(names))  # V, still without bias correction
-        self.moment_sq: Callable[[], Array] = functools.partial(np.zeros, len(names))
-        self._late: list[_Rows] = []
-
-    def fold(self, rows: _Rows) -> list[float]:
-        """Take in steps; returns the sum g^2 of each, with V standing in where a segment has no gradient."""
-        if rows.seen is None:
-            self._late.append(rows)
-            if len(self._late) == LATE:
-                self._settle()
-            return [rows.totals[i][GRAD_SQ] for i in rows.taken]
-        self._settle()
-        totals = []
-        for i in rows.taken:
-            seen, now = rows.seen[i], rows.sums[i, :, GRAD_SQ]
-            totals.append(float(np.where(seen, now, _corrected(self.grad_sq, self.steps, self.beta)).sum()))
-            self.steps = self.steps + seen
-            self.grad_sq = np.where(seen, self.beta * self.grad_sq + (1 - self.beta) * now, self.grad_sq)
-        return totals
-
-    def _settle(self) -> None:
-        self.steps, self.grad_sq = _advanced(self.steps, self.grad_sq, self._late, self.beta)
-        self._late = []
-
-    def moment(self, rows: _Rows, i: int, ages: _Ages) -> float:
-        """|m^|^2 over all segments at step i, bias-corrected by the number of updates each one's m has had."""
-        now = rows.sums[i, :, EMA_SQ]
-        if rows.seen is None:
-            self.moment_sq = functools.partial(_moment_sq, now, ages.each, self.beta)
-            if ages.youngest == ages.oldest > 0:
-                return rows.totals[i][EMA_SQ] / (1 - self.beta**ages.oldest) ** 2
-        else:
-            known = np.where(rows.seen[i], _moment_sq(now, ages.each, self.beta), self.moment_sq())
-            self.moment_sq = functools.partial(np.copy, known)
-        return float(self.moment_sq().sum())
-
-    def snapshot(self, sums: Array | None) -> Callable[[], tuple[SegmentReading, ...]]:
-        """A function that makes the per-segment table of this moment."""
-        steps, grad_sq, late, moment = self.steps, self.grad_sq, tuple(self._late), self.moment_sq
-        names, sizes, beta = self.names, self.sizes, self.beta
-
-        def table() -> tuple[SegmentReading, ...]:
-            count, uncorrected = _advanced(steps, grad_sq, late, beta)
-            v, m = _corrected(uncorrected, count, beta), moment()
-            now = np.zeros((len(names), len(gk.STATS))) if sums is None else sums
-            return tuple(
-                SegmentReading(
-                    name=names[i],
-                    numel=sizes[i],
-                    gr_t=float(v[i] / m[i]) if m[i] > 0 else None,
-                    grad_norm=math.sqrt(now[i, GRAD_SQ]),
-                    nonfinite=int(now[i, NONFINITE]),
-                )
-                for i in range(len(names))
-            )
-
-        return table
-
-    def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        return {
-            "names": list(self.names),
-            "sizes": list(self.sizes),
-            "steps": self.steps.tolist(),
-            "grad_sq": self.grad_sq.tolist(),
-            "moment_sq": self.moment_sq().tolist(),
-        }
-
-    @staticmethod
-    def from_state(state: dict[str, Any], beta: float) -> _Table:
-        table = _Table(list(state["names"]), list(state["sizes"]), beta)
-        table.steps, table.grad_sq = np.array(state["steps"]), np.array(state["grad_sq"])
-        table.moment_sq = functools.partial(np.array, state["moment_sq"])
-        return table
-
-
-def _advanced(steps: Array, grad_sq: Array, late: Sequence[_Rows], beta: float) -> tuple[Array, Array]:
-    """`steps` and uncorrected V of each segment after more steps that all segments took part in."""
-    for rows in late:
-        steps = steps + len(rows.taken)
-        for i in rows.taken:
-            grad_sq = beta * grad_sq + (1 - beta) * rows.sums[i, :, GRAD_SQ]
-    return steps, grad_sq
-
-
-def _corrected(grad_sq: Array, steps: Array, beta: float) -> Array:
-    """V of each segment, bias-corrected; 0 before its first gradient."""
-    return np.asarray(grad_sq / (1 - beta ** np.maximum(steps, 1)))
-
-
-def _moment_sq(ema_sq: Array, ages: Array, beta: float) -> Array:
-    return np.asarray(ema_sq / (1 - beta ** np.maximum(ages, 1)) ** 2)
 
 
 def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
@@ -417,6 +389,30 @@ def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
             strict=True,
         )
     }
+
+
+def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:
+    """A shard's sums [passes, segments, 6] scaled up from its sample, and a seventh: 1 where anything was visited."""
+    scale = torch.from_numpy(bucket.plan.scale).to(stats.device)
+    seen = (scale > 0).to(stats).expand(*stats.shape[:2])
+    return torch.cat([stats * scale[:, None], seen[..., None]], dim=-1)
+
+
+def _length(batch: Any) -> int:
+    """Samples in a batch."""
+    parts = list(batch.values()) if isinstance(batch, dict) else list(batch) if isinstance(batch, (tuple, list)) else []
+    lengths = {batch.shape[0]} if isinstance(batch, Tensor) else {_length(part) for part in parts}
+    if len(lengths) != 1:
+        raise ValueError(f"batch has tensors of {sorted(lengths)} samples; it must have tensors, all of one length")
+    return int(lengths.pop())
+
+
+def _part(batch: Any, part: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[part]
+    if isinstance(batch, dict):
+        return type(batch)((key, _part(value, part)) for key, value in batch.items())
+    return type(batch)(_part(value, part) for value in batch)
 
 
 def _known(value: float) -> float | None:

@@ -166,6 +166,8 @@ class AdamW(torch.optim.Optimizer):
         """The factor that brings the norm of all gradients down to max_norm, and found_inf with `skip_nonfinite`."""
         device = parts[0].steps.device
         columns = torch.stack([part.measure(inv_scale, self._backend).sum(0).to(device) for part in parts]).sum(0)
+        if parts[0].sharded:
+            columns = _over_shards(columns, parts[0].params[0])
         broken = columns[gk.STATS.index("nonfinite")] > 0
         norm = columns[gk.STATS.index("grad_sq")].sqrt()
         if device.type != "cpu":
@@ -173,7 +175,8 @@ class AdamW(torch.optim.Optimizer):
         elif broken:
             # The sums left something out: NaN, an infinity or a huge number, which clip_grad_norm_ tells apart.
             grads = [p.grad for part in parts for p in part.params if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads).double() * (1.0 if inv_scale is None else inv_scale)
+            total = torch.nn.utils.get_total_norm(grads)
+            norm = getattr(total, "full_tensor", lambda: total)().double() * (1.0 if inv_scale is None else inv_scale)
         self.grad_norm = norm.float()
         if self.skip_nonfinite:
             skip = (~norm.isfinite()).float()
@@ -261,15 +264,19 @@ class _Part:
     def __init__(self, group: ParamGroup, params: list[Tensor], state: dict[Tensor, Any], flat: bool) -> None:
         self.group = group
         self.params = params
-        first = params[0]
+        self.sharded = any(map(is_sharded, params))
+        if self.sharded and flat:
+            raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
+        self.own = [local(p) for p in params]
+        first = self.own[0]
         self.dtype, self.device = first.dtype, first.device
         self.flat = FlatBucket(params) if flat else None
-        self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(params)
+        self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(self.own)
         self.plans: dict[frozenset[int], tuple[gk.Plan, Tensor]] = {}
 
         saved = [state.get(p) or {"step": 0.0} for p in params]
         self.steps = torch.tensor([float(s["step"]) for s in saved], device=first.device)
-        self.param_stream = self._stream(params, None if self.flat is None else self.flat.param)
+        self.param_stream = self._stream(self.own, None if self.flat is None else self.flat.param)
         self.exp_avgs, first_moments = self._moments([s.get("exp_avg") for s in saved])
         self.exp_avg_sqs, second_moments = self._moments([s.get("exp_avg_sq") for s in saved])
         for i, p in enumerate(params):
@@ -290,7 +297,7 @@ class _Part:
         for tensor, old in zip(tensors, saved, strict=True):
             if old is not None:
                 tensor.copy_(old)
-        return self._stream(tensors, flat), tensors
+        return self._stream([local(t) for t in tensors], flat), tensors
 
     def collect(self) -> bool:
         """Take up this step's gradients. False if the parameters have changed dtype or device: then build anew.
@@ -305,16 +312,22 @@ class _Part:
             self.grad_stream = [self.flat.grad]
             missing = self.flat.missing
         else:
+            if self.sharded and any(
+                local(p).data_ptr() != o.data_ptr() for p, o in zip(self.params, self.own, strict=True)
+            ):
+                return False
             grads = list(map(_grad_of, self.params))
             missing = frozenset([i for i, grad in enumerate(grads) if grad is None])
+            if self.sharded:
+                grads = [None if grad is None else local(grad) for grad in grads]
             for i in missing:
-                grads[i] = self.params[i]  # a stand-in of the right size, which the plan never visits
+                grads[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
             if {*map(_dtype_of, grads)} != {self.dtype} or {*map(_device_of, grads)} != {self.device}:
                 return False
             if {*map(_layout_of, grads)} != {torch.strided}:
                 raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
-            if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.params)):
-                grads = [_laid_out_like(p, g) for p, g in zip(self.params, grads, strict=True)]
+            if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.own)):
+                grads = [_laid_out_like(p, g) for p, g in zip(self.own, grads, strict=True)]
             self.grad_stream = grads
         if missing not in self.plans:
             plan = self.bucket.plan(skip=missing)
@@ -369,7 +382,28 @@ class _Part:
         return BucketSums(self.params, self.plan, stats, self.steps)
 
 
+def is_sharded(t: Tensor) -> bool:
+    """True for a DTensor, as FSDP2 makes of parameters: what it holds here is part of it."""
+    return hasattr(t, "to_local")
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds; any other tensor is its own."""
+    if not is_sharded(t):
+        return t
+    with torch.no_grad():  # else a copy's worth of autograd comes along
+        return t.to_local()  # type: ignore[attr-defined]
+
+
 _grad_of, _dtype_of, _device_of, _layout_of = map(operator.attrgetter, ("grad", "dtype", "device", "layout"))
+
+
+def _over_shards(sums: Tensor, param: Any) -> Tensor:
+    """Added up over the ranks that hold the shards of a DTensor."""
+    for dim, placement in enumerate(param.placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(sums, group=param.device_mesh.get_group(dim))
+    return sums
 
 
 def _any_grad(params: list[Tensor]) -> bool:

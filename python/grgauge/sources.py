@@ -10,7 +10,7 @@ from torch import Tensor
 
 import grgauge_kernels as gk
 
-from .optim import AdamW, BucketSums
+from .optim import AdamW, BucketSums, local
 
 OnStep = Callable[[list[BucketSums]], None]
 
@@ -141,22 +141,27 @@ class Sample:
             alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
             for p in params:
                 alike.setdefault((p.dtype, p.device), []).append(p)
-            total = sum(p.numel() for p in params)
-            share = min(1.0, self._size / max(total, 1))
-            self._buckets = [_SampledBucket(same, share, self._seed) for same in alike.values()]
+            self._buckets = [_SampledBucket(same, self.share, self._seed) for same in alike.values()]
             self._previous = []
             self._key = key
         return self._buckets
 
+    @property
+    def share(self) -> float:
+        """Of all elements, those looked at, in (0, 1]."""
+        total = sum(p.numel() for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad)
+        return min(1.0, self._size / max(total, 1))
+
     @torch.no_grad()
-    def difference(self) -> list[BucketSums]:
+    def difference(self, inv_scale: Tensor | None = None) -> list[BucketSums]:
         """Sums of the gradients and of what they have grown by since the last call."""
         buckets = self.buckets()
         if not self._previous:
             self._previous = [torch.zeros(b.plan.numel, device=b.plan.rows.device) for b in buckets]
         sums = []
         for bucket, previous in zip(buckets, self._previous, strict=True):
-            stats = gk.measure_(bucket.grads(), bucket.plan, previous=previous)
+            scale = None if inv_scale is None else inv_scale.to(previous.device)
+            stats = gk.measure_(bucket.grads(), bucket.plan, previous=previous, inv_scale=scale)
             sums.append(BucketSums(bucket.params, bucket.plan, stats, torch.empty(0)))
         return sums
 
@@ -164,17 +169,18 @@ class Sample:
 class _SampledBucket:
     def __init__(self, params: list[Tensor], share: float, seed: int) -> None:
         self.params = params
-        bucket = gk.Bucket(params)
+        self._own = [local(p) for p in params]
+        bucket = gk.Bucket(self._own)
         self.plan = bucket.plan(sample=max(1, round(share * bucket.numel)), seed=seed)
         self._zeros: dict[int, Tensor] = {}
 
     def grads(self) -> list[Tensor]:
         """The gradients; zeros for a parameter that has none."""
-        return [self._zero(i, p) if p.grad is None else p.grad for i, p in enumerate(self.params)]
+        return [self._zero(i) if p.grad is None else local(p.grad) for i, p in enumerate(self.params)]
 
-    def _zero(self, i: int, p: Tensor) -> Tensor:
+    def _zero(self, i: int) -> Tensor:
         if i not in self._zeros:
-            self._zeros[i] = torch.zeros_like(p, requires_grad=False)
+            self._zeros[i] = torch.zeros_like(self._own[i], requires_grad=False)
         return self._zeros[i]
 
 

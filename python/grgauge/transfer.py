@@ -8,15 +8,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+Array = npt.NDArray[np.float64]
 
 
 class Transfer:
-    """Float64 tensors that nobody writes to any more, as arrays as soon as the device has got that far."""
+    """Float64 tensors that nobody writes to any more, as arrays as soon as the device has got that far.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    tensors  arrive as they are
+    summed   arrive added up over the ranks of `group`, by one all-reduce for all of them
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], summed: Sequence[Tensor] = (), group: Any = None) -> None:
         self._events: list[Any] = []
         self._copies = [self._copy(t) for t in tensors]
+        self._shapes = [tuple(t.shape) for t in summed]
+        self._work: Any = None
+        if summed:
+            together = torch.cat([t.reshape(-1) for t in summed])
+            self._work = dist.all_reduce(together, group=group, async_op=True)
+            if together.device.type != "cpu":
+                self._work.wait()  # not for the device: it lets the stream, and so the copy, come behind the sum
+                self._work = None
+            self._copies.append(self._copy(together))
 
     def _copy(self, t: Tensor) -> Tensor:
         if t.device.type == "cpu":
@@ -29,10 +45,20 @@ class Transfer:
         return pinned
 
     def done(self) -> bool:
-        return all(event.query() for event in self._events)
+        return all(event.query() for event in self._events) and (self._work is None or self._work.is_completed())
 
-    def arrays(self) -> list[npt.NDArray[np.float64]]:
-        """The values; waits for the device where it is not done."""
+    def arrays(self) -> list[Array]:
+        """The values, those of `summed` behind the others; waits for the device and the ranks where they are not done.
+
+        Raises RuntimeError if a rank is gone or does not answer within its group's timeout.
+        """
         for event in self._events:
             event.synchronize()
-        return [t.numpy() for t in self._copies]
+        if self._work is not None:
+            self._work.wait()
+        arrays: list[Array] = [t.numpy() for t in self._copies]
+        if self._shapes:
+            together = arrays.pop()
+            ends = np.cumsum([int(np.prod(shape)) for shape in self._shapes])
+            arrays += [part.reshape(s) for part, s in zip(np.split(together, ends[:-1]), self._shapes, strict=True)]
+        return arrays
