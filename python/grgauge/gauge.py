@@ -17,7 +17,7 @@ from .smoothing import Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample
 from .table import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, Table
 from .theory import finite_time_factor
-from .transfer import Array, Transfer
+from .transfer import Transfer
 
 if TYPE_CHECKING:
     from .distributed import CommHook, Ranks
