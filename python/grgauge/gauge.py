@@ -13,7 +13,7 @@ from torch import Tensor
 from .estimators import Groups, two_batch
 from .optim import AdamW, BucketSums, is_sharded
 from .reading import Reading
-from .smoothing import Spatial, Temporal
+from .smoothing import CriticalPeriod, Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample
 from .table import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, Table
 from .theory import finite_time_factor
@@ -67,8 +67,9 @@ class Gauge:
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
         self.batch_size, self.groups, self.every, self.beta = batch_size, groups, every, beta
-        self._optimizer, self._scaler = optimizer, scaler
-        self._temporal, self._spatial = Temporal(beta), Spatial(beta)
+        self._optimizer, self._scaler = optimizer, scaler if scaler is not None and scaler.is_enabled() else None
+        self._attempt: object = None
+        self._temporal, self._spatial, self._critical = Temporal(beta), Spatial(beta), CriticalPeriod(beta=beta)
         self._table = Table([], [], beta)
         self._layout: list[list[torch.Tensor]] = []
         self._step = 0
@@ -171,6 +172,13 @@ class Gauge:
 
     def _due(self) -> bool:
         """True if the step in progress will be read."""
+        if self._scaler is not None and self._scaler._per_optimizer_states is not self._attempt:
+            # Another dict after each update(). On overflow GradScaler does not call step() of most optimizers, so what
+            # belongs to the attempt before is still here.
+            self._attempt = self._scaler._per_optimizer_states
+            self._groups, self._shares = [], []
+            if self._ranks is not None:
+                self._ranks.forget()
         return (self._step + 1) % self.every == 0
 
     def _inv_scale(self) -> Tensor | None:
@@ -185,6 +193,7 @@ class Gauge:
         """
         self._temporal.restart()
         self._spatial.restart()
+        self._critical.restart()
         self._source.restart()
         self._table = Table([], [], self.beta)
         self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
@@ -206,6 +215,7 @@ class Gauge:
             "ranks": 1 if self._ranks is None else self._ranks.size,
             "temporal": self._temporal.state_dict(),
             "spatial": self._spatial.state_dict(),
+            "critical": self._critical.state_dict(),
             "table": self._table.state_dict(),
             "source": self._source.state_dict(),
         }
@@ -219,11 +229,12 @@ class Gauge:
         Raises ValueError if the state belongs to another kind of optimizer or to other parameters; the gauge is then as
         it was.
         """
-        temporal, spatial = Temporal(self.beta), Spatial(self.beta)
+        temporal, spatial, critical = Temporal(self.beta), Spatial(self.beta), CriticalPeriod(beta=self.beta)
         temporal.load_state_dict(state["temporal"])
         spatial.load_state_dict(state["spatial"])
+        critical.load_state_dict(state["critical"])
         self._source.load_state_dict(state["source"])
-        self._temporal, self._spatial = temporal, spatial
+        self._temporal, self._spatial, self._critical = temporal, spatial, critical
         self._table = Table.from_state(state["table"], self.beta)
         self._step, self.batch_size = state["step"], state["batch_size"]
         self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
@@ -310,6 +321,8 @@ class Gauge:
         if spatial is not None and problem is None and not spatial.ready:
             steps = spatial.readings_until_ready * self.every
             problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
+        grad_norm = math.nan if newest is None else math.sqrt(rows.totals[newest][GRAD_SQ])
+        self._critical.update(grad_norm)
         return Reading(
             step=window.step,
             batch_size=window.batch_size,
@@ -320,8 +333,9 @@ class Gauge:
             gr_s_error=_known(spatial.gr_s_error(window.batch_size)) if spatial else None,
             noise_scale=_known(spatial.noise_scale) if spatial else None,
             noise_scale_error=_known(spatial.noise_scale_error) if spatial else None,
-            grad_norm=math.nan if newest is None else math.sqrt(rows.totals[newest][GRAD_SQ]),
+            grad_norm=grad_norm,
             nonfinite=int(sum(rows.totals[i][NONFINITE] for i in rows.taken)),
+            critical=not self._critical.over,
             ready=temporal_problem is None and (spatial is None or spatial.ready),
             notes=tuple(note for note in (temporal_problem, problem) if note is not None),
             table=self._table.snapshot(None if newest is None else rows.sums[newest]),

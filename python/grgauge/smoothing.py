@@ -3,6 +3,7 @@
     Mean           bias-corrected exponential moving mean of a float, with its standard error
     Temporal       for GR_T
     Spatial        for GR_S and the noise scale: S and G2 are smoothed apart, and only then divided
+    CriticalPeriod for the critical learning period: is the gradient norm still on its way
 
 A measurement that is not finite is no error: `update` leaves its state as it was and returns False.
 """
@@ -16,7 +17,7 @@ from statistics import NormalDist
 from .estimators import gr_s, gr_t
 from .theory import finite_time_factor, require, require_batch
 
-__all__ = ["Mean", "Spatial", "Temporal"]
+__all__ = ["CriticalPeriod", "Mean", "Spatial", "Temporal"]
 
 State = dict[str, float]
 
@@ -393,6 +394,52 @@ class Spatial:
         _require_state(state, self.state_dict())
         self._s, self._g2 = _unpack(state, "s"), _unpack(state, "g2")
         self._product = float(state["product"])
+
+
+class CriticalPeriod:
+    """The critical learning period: while the gradient norm changes by `threshold` or more from reading to reading.
+
+    The change is that of the log norm, smoothed with its sign: noise goes up as often as down and cancels, a trend does
+    not. ("GR-Gauge", 3.3: a relative change of 0.01, about the first tenth of a run.) Once over it stays over, until
+    `restart`.
+    """
+
+    def __init__(self, threshold: float = 0.01, beta: float = 0.9) -> None:
+        require(threshold > 0.0, "threshold", threshold, "above 0")
+        self._threshold = threshold
+        self._change = Mean(beta)
+        self.restart()
+
+    def restart(self) -> None:
+        """Start anew, as after a change of learning rate or batch."""
+        self._change.restart()
+        self._newest, self._over = 0.0, False
+
+    def update(self, grad_norm: float) -> bool:
+        """Take in the norm of one reading. One that is not finite and above 0 changes nothing and returns False."""
+        if not 0.0 < grad_norm < math.inf:
+            return False
+        if self._newest > 0.0:
+            self._change.update(math.log(grad_norm / self._newest))
+            self._over = self._over or (
+                self._change.readings >= MIN_READINGS and abs(self._change.mean) < self._threshold
+            )
+        self._newest = grad_norm
+        return True
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+    def state_dict(self) -> State:
+        """Plain numbers, none of them nan; `load_state_dict` of them continues bit for bit."""
+        return {**_pack(change=self._change), "newest": self._newest, "over": float(self._over)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over a `state_dict`, its beta included. One that does not fit raises ValueError and changes nothing."""
+        _require_state(state, self.state_dict())
+        self._change = _unpack(state, "change")
+        self._newest, self._over = float(state["newest"]), bool(state["over"])
 
 
 def _root(variance: float) -> float:

@@ -1,0 +1,360 @@
+"""Trajectory invariance: which of learning rate and weight decay to search, and when two runs are the same run.
+
+Under AdamW the curves of loss, gradient norm and gradient noise first depend on the learning rate alone, for a number
+of iterations; later those of equal gamma = lr * weight_decay overlap. So one of the two numbers can be fixed, and the
+other varied along the salient direction: gamma in long runs or with small batches, that is with many iterations; the
+learning rate in short runs or with large batches.
+
+Source: Li et al., "Efficient Hyperparameter Tuning via Trajectory Invariance Principle", arXiv 2509.25049. That gamma
+is the rate at which weights are forgotten, and 1 / gamma their time scale in iterations, is AdamW's update itself:
+w <- (1 - lr wd) w - lr u. Which makes gamma * steps, the `age` of a run, the number that tells the regimes apart.
+
+Plain numbers in and out, no torch, no I/O. Every function raises ValueError, naming the argument, its value and what it
+must be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .policy import Config
+from .theory import require, require_batch
+
+__all__ = [
+    "Collapse",
+    "Curve",
+    "Line",
+    "Regime",
+    "Space",
+    "collapse_error",
+    "decay_after",
+    "equivalent",
+    "gamma",
+    "regime",
+    "time_scale",
+]
+
+Array = npt.NDArray[np.float64]
+Rule = Literal["decay", "gamma", "gamma per batch"]
+
+EARLY = 200
+"""Iterations of the early phase, where the learning rate alone counts, whatever gamma is."""
+
+SETTLED = 1.0
+"""The age, in time scales 1 / gamma, from which gamma counts: 63 % of the initial weights is then forgotten."""
+
+NEGLIGIBLE = 0.05
+"""The age up to which weight decay as such does not count: it has shrunk nothing by more than 5 %."""
+
+EQUAL = 0.02
+"""The relative difference up to which two rates are taken for equal: what seeds alone do to a run is more."""
+
+
+def gamma(lr: float, weight_decay: float) -> float:
+    """lr * weight_decay: the share of every weight that AdamW forgets in one iteration."""
+    _require_lr(lr)
+    require(0.0 <= weight_decay < math.inf, "weight_decay", weight_decay, "finite and at least 0")
+    return lr * weight_decay
+
+
+def time_scale(gamma: float) -> float:
+    """1 / gamma: iterations in which weights fall to 1/e without updates. inf at 0. With lr 2e-5 and wd 0.01: 5e6."""
+    _require_gamma(gamma)
+    return 1.0 / gamma if gamma else math.inf
+
+
+# --- Regimes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Along which direction curves differ, at a step or of a run with so many of them.
+
+    salient  "lr": equal learning rates give equal curves; "gamma": equal gammas do; "both": in between, neither does
+    age      gamma * step, in time scales of the weights
+    reason   why, in words
+    """
+
+    salient: Literal["lr", "gamma", "both"]
+    age: float
+    reason: str
+
+
+def regime(step: float, gamma: float, *, early: float = EARLY, settled: float = SETTLED) -> Regime:
+    """The regime at iteration `step`; for a whole run, that of its last iteration.
+
+    step     iterations so far
+    gamma    lr * weight_decay, of the peak learning rate or its mean over the run
+    early    iterations of the early phase
+    settled  the age gamma * step from which gamma is salient
+
+    The learning rate is salient up to `early` iterations, and as long as weight decay is negligible (age below 0.05):
+    short fine-tuning with lr 2e-5 and wd 0.01 has age 2e-7 * step and never leaves this regime.
+    """
+    require(0.0 <= step < math.inf, "step", step, "finite and at least 0")
+    require(0.0 <= early < math.inf, "early", early, "finite and at least 0")
+    require(NEGLIGIBLE < settled < math.inf, "settled", settled, f"finite and above {NEGLIGIBLE}")
+    _require_gamma(gamma)
+    age = gamma * step
+    scale = f"the weights' time scale 1/gamma of {time_scale(gamma):.3g} iterations"
+    if age < NEGLIGIBLE:
+        return Regime("lr", age, f"{step:.4g} iterations are {100 * age:.2g} % of {scale}: weight decay is negligible")
+    if step < early:
+        return Regime("lr", age, f"{step:.4g} iterations are within the early phase of {early:.4g}")
+    if age < settled:
+        return Regime("both", age, f"{step:.4g} iterations are {age:.2g} times {scale}, less than {settled:g}")
+    return Regime("gamma", age, f"{step:.4g} iterations are {age:.2g} times {scale}")
+
+
+def equivalent(a: Config, b: Config, regime: Regime, tolerance: float = EQUAL) -> bool:
+    """True if the curves of two runs of the same length overlap, so that one need not be run.
+
+    `regime` is that of the run with the larger gamma. The batch sizes must be equal, and with "lr" the learning rates,
+    with "gamma" the gammas, with "both" the two, all within the relative `tolerance`. Both learning rates are taken to
+    be stable ones: a run that diverges is equivalent to nothing.
+
+    Raises ValueError for a config without weight decay: "as it is" cannot be compared.
+    """
+    require(0.0 <= tolerance < 1.0, "tolerance", tolerance, "in [0, 1)")
+    decays = [_decay_of(a, "a"), _decay_of(b, "b")]
+    if a.batch_size != b.batch_size:
+        return False
+    same_lr = _close(a.lr, b.lr, tolerance)
+    same_gamma = _close(gamma(a.lr, decays[0]), gamma(b.lr, decays[1]), tolerance)
+    return {"lr": same_lr, "gamma": same_gamma, "both": same_lr and same_gamma}[regime.salient]
+
+
+# --- Do curves collapse? ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over a run: loss, gradient norm, noise scale or GR_T.
+
+    group   what is equal in all runs that are expected to overlap: gamma, or the learning rate
+    steps   ascending
+    values  above 0, one a step; NaN where the quantity cannot be told
+    """
+
+    group: float | str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """How well curves of a group overlap.
+
+    within   root mean square of log(y_i / y_j) over pairs of the same group and points: a relative difference
+    between  the same over pairs of different groups
+    points   points that it was taken over
+    """
+
+    within: float
+    between: float
+    points: int
+
+    @property
+    def error(self) -> float:
+        """within / between. 0: groups collapse to a curve each; 1: a group means nothing. NaN if neither differs."""
+        return self.within / self.between if self.between else math.inf if self.within else math.nan
+
+
+def collapse_error(
+    runs: Sequence[Curve], *, after: float = 0.0, before: float = math.inf, points: int = 100
+) -> Collapse:
+    """How far curves of the same group differ, against those of different groups.
+
+    Every curve is interpolated linearly, in the logarithm of its values, at `points` equidistant steps of the range
+    that all curves cover within [after, before]. Logarithms make differences relative, and give a curve that falls by
+    orders of magnitude the same say everywhere; a pair of groups counts for as much as it has pairs of curves. Noise
+    between neighbouring steps counts as difference, within and between alike: smooth before.
+
+    Raises ValueError for a value that is not above 0, steps that do not ascend, less than two groups, no group with two
+    curves, and curves without a common range.
+    """
+    require(points >= 2, "points", points, "at least 2")
+    axes, logs = zip(*(_log_curve(run, f"runs[{i}]") for i, run in enumerate(runs)), strict=True) if runs else ((), ())
+    groups = [run.group for run in runs]
+    sizes = {group: groups.count(group) for group in groups}
+    require(len(sizes) >= 2, "runs", sizes, "of at least 2 groups")
+    require(max(sizes.values()) >= 2, "runs", sizes, "at least 2 in some group")
+    low, high = max(after, *(axis[0] for axis in axes)), min(before, *(axis[-1] for axis in axes))
+    require(low < high, "runs", (low, high), "curves over a common range of steps within [after, before]")
+    at = np.linspace(low, high, points)
+    curves = [np.interp(at, axis, log) for axis, log in zip(axes, logs, strict=True)]
+    squares: dict[bool, list[float]] = {True: [], False: []}
+    for (one, y), (other, z) in itertools.combinations(zip(groups, curves, strict=True), 2):
+        squares[one == other].append(float(np.mean((y - z) ** 2)))
+    within, between = (math.sqrt(sum(squares[same]) / len(squares[same])) for same in (True, False))
+    return Collapse(within, between, points)
+
+
+def _log_curve(run: Curve, name: str) -> tuple[Array, Array]:
+    steps, values = np.asarray(run.steps, dtype=np.float64), np.asarray(run.values, dtype=np.float64)
+    require(steps.ndim == 1 and steps.shape == values.shape, f"{name}.values", values.shape, "as long as its steps")
+    known = ~np.isnan(values)
+    steps, values = steps[known], values[known]
+    require(len(steps) >= 2, f"{name}.values", run.values, "known at 2 steps at least")
+    require(bool(np.all(np.diff(steps) > 0)), f"{name}.steps", run.steps, "ascending")
+    positive = bool(np.all((values > 0) & np.isfinite(values)))
+    require(positive, f"{name}.values", float(values.min()), "finite and above 0, or NaN")
+    return steps, np.log(values)
+
+
+# --- One dimension instead of two -------------------------------------------------------------------------------------
+
+Range = float | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may choose from: each a number, if it is fixed, or the ends (low, high) of a range.
+
+    lr            learning rates, above 0
+    weight_decay  above 0 in a range; a fixed 0 is allowed
+    batch_size    samples, at least 1
+    """
+
+    lr: Range
+    weight_decay: Range = 0.01
+    batch_size: Range = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("lr", 0.0), ("weight_decay", 0.0), ("batch_size", 1.0)):
+            value = getattr(self, name)
+            low, high = _ends(value)
+            closed = name == "batch_size" or (name == "weight_decay" and low == high)
+            must = f"{'at least' if closed else 'above'} {least:g}, a number or (low, high)"
+            require((low >= least if closed else low > least) and low <= high < math.inf, name, value, must)
+
+    @property
+    def gamma(self) -> tuple[float, float]:
+        """The least and the largest lr * weight_decay."""
+        (lr_low, lr_high), (low, high) = _ends(self.lr), _ends(self.weight_decay)
+        return lr_low * low, lr_high * high
+
+    def regime(self, steps: float, *, early: float = EARLY, settled: float = SETTLED) -> Regime:
+        """The regime of runs of this space with so many iterations, where all of them share one.
+
+        Where they do not, "both": a search then has both dimensions to go through.
+        """
+        least, largest = (regime(steps, g, early=early, settled=settled) for g in self.gamma)
+        if least.salient == largest.salient:
+            return largest
+        return Regime("both", largest.age, f"from {least.reason}; to {largest.reason}")
+
+    def reduced(self, regime: Regime) -> Line:
+        """The salient dimension. Raises ValueError for regime "both", which leaves two."""
+        require(regime.salient != "both", "regime", regime.salient, "'lr' or 'gamma': with 'both' nothing can be fixed")
+        return Line(self, "lr" if regime.salient == "lr" else "gamma")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A `Space` along its salient dimension, in logarithmic measure.
+
+    lr     the learning rate varies, weight decay is fixed at the geometric middle of its range
+    gamma  gamma varies from its least to its largest value. Weight decay stays in the middle of its range as long as
+           the learning rate can make up gamma alone; towards the ends it gives way
+    """
+
+    space: Space
+    salient: Literal["lr", "gamma"]
+
+    def __post_init__(self) -> None:
+        if self.salient == "gamma":
+            decay = self.space.weight_decay
+            require(decay != 0.0, "space.weight_decay", decay, "above 0 where gamma is to vary")
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest value of what varies."""
+        return _ends(self.space.lr) if self.salient == "lr" else self.space.gamma
+
+    def config(self, value: float, batch_size: int) -> Config:
+        """The configuration where the learning rate, or gamma, has this value."""
+        low, high = self.ends
+        # Ends are products: the last bit of one may be wrong.
+        inside = low * (1 - 1e-12) <= value <= high * (1 + 1e-12)
+        require(inside, "value", value, f"a {self.salient} between {low:.4g} and {high:.4g}")
+        least, most = _ends(self.space.batch_size)
+        require(least <= batch_size <= most, "batch_size", batch_size, f"between {least:g} and {most:g}")
+        decay = math.sqrt(math.prod(_ends(self.space.weight_decay)))
+        if self.salient == "lr":
+            return Config(value, batch_size, decay)
+        slowest, fastest = _ends(self.space.lr)
+        lr = min(max(value / decay, slowest), fastest)
+        return Config(lr, batch_size, value / lr)
+
+    def value(self, config: Config) -> float:
+        """Where on the line a configuration lies, itself or one that is equivalent to it."""
+        return config.lr if self.salient == "lr" else gamma(config.lr, _decay_of(config, "config"))
+
+
+# --- Weight decay when learning rate or batch change ------------------------------------------------------------------
+
+
+def decay_after(before: Config, lr: float, batch_size: float, rule: Rule = "decay") -> tuple[float, str]:
+    """(weight decay, what happens to it in words) when a run goes on with another learning rate or batch size.
+
+    rule  "decay": weight decay stays, so gamma goes with the learning rate; torch's own behaviour
+          "gamma": lr * weight_decay stays, so the weights' time scale stays the same number of iterations
+          "gamma per batch": gamma goes with the batch size, so the time scale stays the same number of samples
+
+    Raises ValueError for an unknown rule, and for a config without weight decay.
+    """
+    _require_lr(lr)
+    require_batch(batch_size)
+    decay = _decay_of(before, "before")
+    old = gamma(before.lr, decay)
+    if rule == "decay":
+        new = decay
+    elif rule == "gamma":
+        new = old / lr
+    elif rule == "gamma per batch":
+        new = old * batch_size / before.batch_size / lr
+    else:
+        raise ValueError(f"rule must be 'decay', 'gamma' or 'gamma per batch', got {rule!r}")
+    now = gamma(lr, new)
+    why = {
+        "decay": "Weight decay is kept, so gamma goes with the learning rate",
+        "gamma": "Gamma is kept, so that weights are forgotten in as many iterations as before",
+        "gamma per batch": "Gamma goes with the batch, so that weights are forgotten in as many samples as before",
+    }[rule]
+    return new, (
+        f"lr {before.lr:.3g} -> {lr:.3g}, batch {before.batch_size:g} -> {batch_size:g}: weight decay {decay:.3g} -> "
+        f"{new:.3g}, gamma {old:.3g} -> {now:.3g} (1/gamma {time_scale(now):.3g} iterations). {why}"
+    )
+
+
+def _ends(value: Range) -> tuple[float, float]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * max(a, b)
+
+
+def _decay_of(config: Config, name: str) -> float:
+    decay = config.weight_decay
+    if decay is None:
+        raise ValueError(
+            f"{name}.weight_decay must be a number, got None: what is handed on as it is cannot be compared"
+        )
+    return decay
+
+
+def _require_lr(lr: float) -> None:
+    require(0.0 < lr < math.inf, "lr", lr, "finite and above 0")
+
+
+def _require_gamma(gamma: float) -> None:
+    require(0.0 <= gamma < math.inf, "gamma", gamma, "finite and at least 0")
