@@ -7,6 +7,7 @@ frozen matrices" are just different plans of one bucket.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .sampling import sampled_runs
+from .sampling import BLOCK, Choice, choose, joined, kept_blocks, most_certain
 
 CHUNK = 4096
 """Elements in a chunk at most: 16 KiB of fp32. Small enough to share 0.1 M elements evenly between threads."""
@@ -28,31 +29,45 @@ class Plan:
     rows      int64 [chunks, 4]: (segment, offset, length, state offset). The offset counts from the segment's first
               element, or from the flat buffer's; the state offset counts visited elements, so `ema` and `previous`
               are packed: flat float32 tensors of `numel` elements.
-    segments  number of segments of the bucket, visited or not
+    segments  number of segments: the bucket's, visited or not; of a sample with replicates or certain blocks, one for
+              each part of a tensor, in the order of the tensors
+    tensor    int64 [segments], the tensor of the bucket that a segment is (part) of
+    stratum   int64 [segments], the same for parts that are samples of the same blocks; see `sampling.Replicated`
     numel     visited elements
     visited   int64 [segments], visited elements of each segment
     scale     float64 [segments], what a sum over the visited elements is multiplied by to estimate the sum over the
-              whole segment (Horvitz-Thompson); 0 where nothing is visited
+              whole segment (Horvitz-Thompson); 0 where nothing is visited. Where a tensor is in parts, the products of
+              its segments add up to its estimate. `sampling.sampled_sums` has the standard error
     seen      bool [segments], True where anything is visited
     complete  True if everything is visited, so that sums need no scale
     flat      True if offsets count from one flat buffer
     stream_sizes  elements of each tensor that a kernel is given: one a segment, or the one flat buffer
     """
 
-    def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64]) -> None:
-        self.bucket = bucket
-        self.segments = len(bucket.sizes)
+    def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64], choice: Choice | None = None) -> None:
+        whole = np.arange(len(bucket.sizes))
+        self.tensor, self.stratum = (whole, whole) if choice is None else (choice.tensor, choice.stratum)
+        self.segments = len(self.tensor)
+        self.in_parts = self.segments > len(bucket.sizes)
+        self.bucket = bucket.repeated(self.tensor) if self.in_parts else bucket
         self.flat = bucket.flat
         self.numel = int(rows[:, 2].sum())
         self.visited = np.bincount(rows[:, 0], weights=rows[:, 2], minlength=self.segments).astype(np.int64)
-        self.scale = np.divide(
-            bucket.sizes, self.visited, out=np.zeros(self.segments, dtype=np.float64), where=self.visited > 0
-        )
+        population = bucket.sizes if choice is None else choice.population
+        visited = np.bincount(self.stratum, weights=self.visited)[self.stratum]
+        self.scale = np.divide(population, visited, out=np.zeros(self.segments, dtype=np.float64), where=visited > 0)
         self.seen = self.visited > 0
         self.complete = self.numel == bucket.numel
         self.rows = torch.from_numpy(rows).to(bucket.device)
         self.checked: dict[str, tuple[Tensor, ...]] = {}  # streams that an op has found in order, for `ops`
-        self.stream_sizes = [bucket.whole] if bucket.flat else bucket.sizes
+        self.stream_sizes = [bucket.whole] if bucket.flat else self.bucket.sizes
+
+    def spread(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The bucket's tensors as an op wants them, one a segment: each once for every part of it.
+
+        The same object where no tensor is in parts, or all are in one flat buffer.
+        """
+        return [tensors[i] for i in self.tensor.tolist()] if self.in_parts and not self.flat else tensors
 
     def __repr__(self) -> str:
         return f"Plan({self.numel} of {self.bucket.numel} elements, {len(self.rows)} chunks, {self.segments} segments)"
@@ -87,34 +102,82 @@ class Bucket:
         self.whole = self.numel if base is None else base.numel()
         self.extent = max((o + n for o, n in zip(self.offsets, self.sizes, strict=True)), default=0)
 
-    def plan(self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = ()) -> Plan:
+    def plan(
+        self,
+        sample: int | None = None,
+        seed: int = 0,
+        skip: Iterable[int] = (),
+        replicates: int = 0,
+        certain: Sequence[npt.NDArray[np.int64]] | None = None,
+    ) -> Plan:
         """The chunks to visit: every element, or about `sample` of them, without the segments in `skip`.
 
-        Raises ValueError if sample < 1 or a number in `skip` is not a segment.
+        replicates  0, or about how many samples within the sample to tell apart, for standard errors
+        certain     blocks to visit in any case, from `heavy_blocks` with the same `sample`
+
+        With either, a plan has a segment for each part of a tensor, and an op is given `plan.spread(tensors)`.
+
+        Raises ValueError if sample < 1, replicates < 0, a number in `skip` is not a segment or `certain` does not fit.
         """
-        return Plan(self, self.plan_rows(sample, seed, skip))
+        choice = self._choice(sample, seed, replicates, certain)
+        return Plan(self, self._rows(choice, skip), choice)
 
     def plan_rows(self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = ()) -> npt.NDArray[np.int64]:
         """The rows of `plan`, on the host."""
+        return self._rows(self._choice(sample, seed, 0, None), skip)
+
+    @torch.no_grad()
+    def heavy_blocks(self, tensors: Sequence[Tensor], sample: int) -> list[npt.NDArray[np.int64]]:
+        """Of each segment the blocks with the largest sum of squares, ascending, as many as a plan may be certain of.
+
+        Reads all of `tensors`, one a segment, gradients in general; waits for the device; needs memory for one number a
+        block of one tensor at a time. Zeros and non-finite sums are left out. The same on all ranks whose tensors are.
+
+        Raises ValueError if sample < 1, or if `tensors` are not the segments.
+        """
+        if sample < 1:
+            raise ValueError(f"sample is {sample}; it counts elements and must be at least 1")
+        if [t.numel() for t in tensors] != self.sizes:
+            raise ValueError(f"tensors must be the {len(self.sizes)} segments of the bucket, of the same sizes")
+        none = np.empty(0, dtype=np.int64)
+        if sample >= self.numel:
+            return [none for _ in tensors]
+        sizes = np.array(self.sizes, dtype=np.int64)
+        most = most_certain(-(-sizes // BLOCK), kept_blocks(sizes, sample)).tolist()
+        return [_heaviest(t, k) if k else none for t, k in zip(tensors, most, strict=True)]
+
+    def _choice(
+        self, sample: int | None, seed: int, replicates: int, certain: Sequence[npt.NDArray[np.int64]] | None
+    ) -> Choice | None:
+        """None: everything."""
         if sample is not None and sample < 1:
             raise ValueError(f"sample is {sample}; it counts elements and must be at least 1, or None for all")
+        if replicates < 0:
+            raise ValueError(f"replicates is {replicates}; it must be at least 1, or 0 for no standard errors")
+        if sample is None or sample >= self.numel:
+            return None
+        return choose(self.sizes, sample, seed, replicates, certain)
+
+    def _rows(self, choice: Choice | None, skip: Iterable[int]) -> npt.NDArray[np.int64]:
         skipped = frozenset(skip)
         if not skipped <= set(range(len(self.sizes))):
             raise ValueError(f"skip is {sorted(skipped)}; it must name segments 0 to {len(self.sizes) - 1}")
-        if sample is None or sample >= self.numel:
-            runs = [np.array([(0, n)], dtype=np.int64) for n in self.sizes]
+        if choice is None:
+            parts = [(i, np.array([(0, n)], dtype=np.int64)) for i, n in enumerate(self.sizes)]
         else:
-            runs = sampled_runs(self.sizes, sample, seed)
-        chunks = [
-            _chunks(i, self.offsets[i], run)
-            for i, segment in enumerate(runs)
-            if i not in skipped
-            for run in segment
-            if run[1]
-        ]
+            tensors = choice.tensor.tolist()
+            parts = [(i, joined(taken, self.sizes[i])) for i, taken in zip(tensors, choice.blocks, strict=True)]
+        chunks = [_chunks(k, self.offsets[i], runs) for k, (i, runs) in enumerate(parts) if i not in skipped]
         rows = np.concatenate([np.empty((0, 4), dtype=np.int64), *chunks])
         rows[:, 3] = np.cumsum(rows[:, 2]) - rows[:, 2]
         return rows
+
+    def repeated(self, tensor: npt.NDArray[np.int64]) -> Bucket:
+        """This bucket with its segments listed anew: number i is what segment tensor[i] was. The rest stays."""
+        other = copy.copy(self)
+        other.sizes = [self.sizes[i] for i in tensor.tolist()]
+        other.offsets = [self.offsets[i] for i in tensor.tolist()]
+        return other
 
     def __repr__(self) -> str:
         kind = "flat" if self.flat else "loose"
@@ -129,14 +192,27 @@ def require_dense(t: Tensor, name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(t.shape)} and strides {t.stride()}, with gaps; use .contiguous()")
 
 
-def _chunks(segment: int, offset: int, run: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    begin, length = int(run[0]), int(run[1])
-    starts = np.arange(0, length, CHUNK, dtype=np.int64)
+def _chunks(segment: int, offset: int, runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Runs int64 [runs, 2] of one segment, cut into chunks: rows without state offset."""
+    counts = -(-runs[:, 1] // CHUNK)
+    # The first element of each chunk, counted from its run's: 0, CHUNK, 2 CHUNK, ..., anew in each run.
+    starts = CHUNK * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
     rows = np.empty((len(starts), 4), dtype=np.int64)
     rows[:, 0] = segment
-    rows[:, 1] = offset + begin + starts
-    rows[:, 2] = np.minimum(CHUNK, length - starts)
+    rows[:, 1] = offset + np.repeat(runs[:, 0], counts) + starts
+    rows[:, 2] = np.minimum(CHUNK, np.repeat(runs[:, 1], counts) - starts)
     return rows
+
+
+def _heaviest(t: Tensor, most: int) -> npt.NDArray[np.int64]:
+    """The numbers of the `most` blocks of `t` with the largest sums of squares, ascending."""
+    flat = t.as_strided((t.numel(),), (1,))
+    even = flat[: len(flat) // BLOCK * BLOCK].view(-1, BLOCK)
+    tail = flat[even.numel() :].view(1, -1)
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (even, tail) if x.numel()])
+    norms = torch.where(norms.isfinite(), norms, 0)
+    order = norms.argsort(descending=True, stable=True)[:most]
+    return np.sort(order[norms[order] > 0].cpu().numpy())
 
 
 def _offset(t: Tensor, base: Tensor | None, i: int) -> int:

@@ -58,10 +58,7 @@ class Ranks:
     ) -> None:
         self._sample, self._seed, self._due, self._inv_scale = sample, seed, due, inv_scale
         self._plans: dict[tuple[Any, ...], gk.Plan] = {}
-        self._samples = self._weight = 0.0
-        self._local: Tensor | None = None
-        self._mean: Tensor | None = None
-        self._calls: dict[Any, int] = {}
+        self.forget()
         self.params = {id(p) for p in module.parameters()}
         if isinstance(module, DistributedDataParallel):
             if module._comm_hooks:
@@ -89,6 +86,13 @@ class Ranks:
         """True if parameters are spread over ranks, so that a step's sums are this rank's part only."""
         return self.replicas < self.size
 
+    def forget(self) -> None:
+        """Drop what has been seen of the step in progress."""
+        self._samples = self._weight = 0.0
+        self._local: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._calls: dict[Any, int] = {}
+
     def count(self, samples: float | None, weight: float | None) -> None:
         """Add to this rank's share of the step."""
         self._samples += samples or 0.0
@@ -107,12 +111,11 @@ class Ranks:
         table = torch.zeros(4 * self.size + 1, dtype=torch.float64, device=device)
         if self._local is not None and self._mean is not None:
             own = table[4 * self.rank : 4 * self.rank + 4]
-            own[0], own[1] = self._local[GRAD_SQ], self._local[NONFINITE]
+            own[0] = self._local[GRAD_SQ]
+            own[1] = self._local[NONFINITE] + self._mean[NONFINITE]  # a sum in low precision may overflow by itself
             own[2], own[3] = self._samples, self._weight  # fills, which wait for nothing
             table[-1] = self._mean[GRAD_SQ] / self.replicas
-        self._local = self._mean = None
-        self._samples = self._weight = 0.0
-        self._calls = {}
+        self.forget()
         return table, calls
 
     def groups(self, table: list[float], batch_size: float, calls: int) -> Groups | str:

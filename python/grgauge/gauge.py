@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .estimators import Groups, two_batch
+from .estimators import Groups, gr_s, two_batch
 from .optim import AdamW, BucketSums, is_sharded
 from .reading import Reading
 from .smoothing import CriticalPeriod, Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample
-from .table import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, Table
+from .table import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, SampleError, Table
 from .theory import finite_time_factor
 from .transfer import Transfer
 
@@ -70,7 +71,7 @@ class Gauge:
         self._optimizer, self._scaler = optimizer, scaler if scaler is not None and scaler.is_enabled() else None
         self._attempt: object = None
         self._temporal, self._spatial, self._critical = Temporal(beta), Spatial(beta), CriticalPeriod(beta=beta)
-        self._table = Table([], [], beta)
+        self._table, self._sample_error = Table([], [], beta), SampleError(beta)
         self._layout: list[list[torch.Tensor]] = []
         self._step = 0
         self._rows: list[list[BucketSums]] = []
@@ -195,7 +196,7 @@ class Gauge:
         self._spatial.restart()
         self._critical.restart()
         self._source.restart()
-        self._table = Table([], [], self.beta)
+        self._table, self._sample_error = Table([], [], self.beta), SampleError(self.beta)
         self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
 
     def remove(self) -> None:
@@ -217,6 +218,8 @@ class Gauge:
             "spatial": self._spatial.state_dict(),
             "critical": self._critical.state_dict(),
             "table": self._table.state_dict(),
+            "sample_error": self._sample_error.state_dict(),
+            "sample": self._sample.state_dict(),
             "source": self._source.state_dict(),
         }
 
@@ -233,9 +236,27 @@ class Gauge:
         temporal.load_state_dict(state["temporal"])
         spatial.load_state_dict(state["spatial"])
         critical.load_state_dict(state["critical"])
-        self._source.load_state_dict(state["source"])
+        ranks = 1 if self._ranks is None else self._ranks.size
+        before = [(room, dict(vars(room))) for room in (self._sample, self._source)]
+        try:
+            if ranks != state["ranks"] and state["source"]["kind"] == "own" and self._ranks and self._ranks.sharded:
+                warnings.warn(
+                    f"the state was made on {state['ranks']} ranks, these are {ranks}: GR_T's EMA, spread over the "
+                    "ranks, starts cold",
+                    stacklevel=2,
+                )
+                self._source.restart()
+                temporal.restart()
+            else:
+                self._sample.load_state_dict(state["sample"])
+                self._source.load_state_dict(state["source"])
+        except BaseException:
+            for room, contents in before:
+                vars(room).update(contents)
+            raise
         self._temporal, self._spatial, self._critical = temporal, spatial, critical
         self._table = Table.from_state(state["table"], self.beta)
+        self._sample_error = SampleError.from_state(state["sample_error"], self.beta)
         self._step, self.batch_size = state["step"], state["batch_size"]
         self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
         self._newest = None
@@ -302,15 +323,19 @@ class Gauge:
         rows, groups = Rows(window.rows, arrays), Rows(window.groups, arrays)
         for grad_sq in self._table.fold(rows):
             self._temporal.update(grad_sq)
+        self._sample_error.fold(rows)
         if not window.read:
             return
+        sampled = 0.0
         if self._ranks is not None:
             spatial = self._ranks.groups(next(arrays).tolist(), window.batch_size, window.calls)
         else:
             spatial = self._micro_batches(window, groups)
-        self._newest = self._read(window, rows, ages, spatial)
+            if not isinstance(spatial, str):
+                sampled = self._sample_error.of_groups(groups, spatial.weights)
+        self._newest = self._read(window, rows, ages, spatial, sampled)
 
-    def _read(self, window: _Window, rows: Rows, ages: Ages, groups: Groups | str) -> Reading:
+    def _read(self, window: _Window, rows: Rows, ages: Ages, groups: Groups | str, sampled: float) -> Reading:
         newest = rows.taken[-1] if rows.taken else None
         gr_t, temporal_problem = self._read_temporal(window, rows, newest, ages)
         problem = groups if isinstance(groups, str) else None
@@ -323,16 +348,18 @@ class Gauge:
             problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
         grad_norm = math.nan if newest is None else math.sqrt(rows.totals[newest][GRAD_SQ])
         self._critical.update(grad_norm)
+        gr_t_error = math.hypot(self._temporal.standard_error, self._sample_error.of_gr_t(rows, newest or 0, ages))
+        gr_s_error, mu_error = (0.0, 0.0) if isinstance(groups, str) else _spread(groups, sampled, window.batch_size)
         return Reading(
             step=window.step,
             batch_size=window.batch_size,
             gr_t=gr_t,
-            gr_t_error=_known(self._temporal.standard_error) if gr_t is not None else None,
+            gr_t_error=_known(gr_t_error) if gr_t is not None else None,
             settled=finite_time_factor(ages.oldest, self.beta),
             gr_s=_known(spatial.gr_s(window.batch_size)) if spatial else None,
-            gr_s_error=_known(spatial.gr_s_error(window.batch_size)) if spatial else None,
+            gr_s_error=_known(math.hypot(spatial.gr_s_error(window.batch_size), gr_s_error)) if spatial else None,
             noise_scale=_known(spatial.noise_scale) if spatial else None,
-            noise_scale_error=_known(spatial.noise_scale_error) if spatial else None,
+            noise_scale_error=_known(math.hypot(spatial.noise_scale_error, mu_error)) if spatial else None,
             grad_norm=grad_norm,
             nonfinite=int(sum(rows.totals[i][NONFINITE] for i in rows.taken)),
             critical=not self._critical.over,
@@ -405,11 +432,23 @@ def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
     }
 
 
+def _spread(groups: Groups, error: float, batch_size: float) -> tuple[float, float]:
+    """Standard errors of GR_S and of the noise scale that follow from a relative one of the groups' squares."""
+    if error == 0.0:
+        return 0.0, 0.0
+    ends = [two_batch([sq * (1.0 + e) for sq in groups.group_sq], *groups[1:]) for e in (-error, error)]
+    low, high = (gr_s(s, g2, batch_size) for s, g2 in ends)
+    below, above = (s / g2 if g2 > 0.0 else math.inf for s, g2 in ends)
+    return abs(high - low) / 2.0, abs(above - below) / 2.0
+
+
 def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:
-    """A shard's sums [passes, segments, 6] scaled up from its sample, and a seventh: 1 where anything was visited."""
-    scale = torch.from_numpy(bucket.plan.scale).to(stats.device)
+    """A shard's sums [passes, tensors, 7] scaled up from its sample; the seventh is above 0 if anything was visited."""
+    plan = bucket.plan
+    scale, tensor = (torch.from_numpy(a).to(stats.device) for a in (plan.scale, plan.tensor))
     seen = (scale > 0).to(stats).expand(*stats.shape[:2])
-    return torch.cat([stats * scale[:, None], seen[..., None]], dim=-1)
+    scaled = torch.cat([stats * scale[:, None], seen[..., None]], dim=-1)
+    return scaled.new_zeros(len(scaled), len(bucket.params), scaled.shape[-1]).index_add_(1, tensor, scaled)
 
 
 def _length(batch: Any) -> int:

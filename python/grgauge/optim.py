@@ -25,10 +25,10 @@ ParamGroup = dict[str, Any]
 class BucketSums:
     """What one step's kernel call saw of one bucket.
 
-    params  the parameters, one a segment
+    params  the parameters
     plan    the chunks visited
-    stats   float64 [segments, 6], the columns named by grgauge_kernels.STATS; NaN if the step was skipped
-    steps   float32 [segments], number of updates each parameter has had; changes in place with the next step
+    stats   float64 [segments of the plan, 6], the columns named by grgauge_kernels.STATS; NaN if the step was skipped
+    steps   float32 [parameters], number of updates each parameter has had; changes in place with the next step
     """
 
     params: list[Tensor]
@@ -236,7 +236,10 @@ class AdamW(torch.optim.Optimizer):
     def _build_parts(self) -> None:
         """Parts for every parameter that takes part in training, with the state they have so far."""
         if self._flat:
-            require_disjoint([p for group in self.param_groups for p in group["params"]])
+            params = [p for group in self.param_groups for p in group["params"]]
+            if any(map(is_sharded, params)):
+                raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
+            require_disjoint(params)
         for part in self._parts or ():
             if part.flat is not None:
                 part.flat.detach()
@@ -265,8 +268,6 @@ class _Part:
         self.group = group
         self.params = params
         self.sharded = any(map(is_sharded, params))
-        if self.sharded and flat:
-            raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
         self.own = [local(p) for p in params]
         first = self.own[0]
         self.dtype, self.device = first.dtype, first.device

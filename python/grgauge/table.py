@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import grgauge_kernels as gk
+from grgauge_kernels.sampling import sampled_ratio, sampled_sums
 
 from .optim import BucketSums
 from .reading import SegmentReading
@@ -39,9 +40,14 @@ class Rows:
     seen    bool [passes, segments], False where a pass did not visit a segment; None if all visited all
     totals  the six sums over all segments, a list of six a pass
     taken   the passes that count: the optimizer skipped the others, as GradScaler has it do on overflow
+    parts   float64 [passes, segments of the plan, 6] of each bucket, as the kernel left them, where one has a sample
+            in parts; else empty
+    plans   the plan of each of `parts`
     """
 
     sums: Array
+    parts: Sequence[Array] = ()
+    plans: Sequence[gk.Plan] = ()
     seen: npt.NDArray[np.bool_] | None = None
     totals: list[list[float]]
     taken: list[int]
@@ -57,12 +63,87 @@ class Rows:
             self.seen = None if seen.all() else seen
             parts = [part[:, :, :-1] for part in parts]
         elif not all(bucket.plan.complete for row in rows for bucket in row):
+            if any(bucket.plan.in_parts for bucket in rows[0]):
+                self.parts, self.plans = parts, [bucket.plan for bucket in rows[0]]
             scales = [np.stack([row[i].plan.scale for row in rows]) for i in range(len(parts))]
-            parts = [part * scale[:, :, None] for part, scale in zip(parts, scales, strict=True)]
-            self.seen = np.array([np.concatenate([bucket.plan.seen for bucket in row]) for row in rows])
+            scaled = [part * scale[:, :, None] for part, scale in zip(parts, scales, strict=True)]
+            parts = [_joined(part, bucket.plan, np.add) for part, bucket in zip(scaled, rows[0], strict=True)]
+            visited = [
+                [_joined(b.plan.seen[None, :, None], b.plan, np.logical_or).ravel() for b in row] for row in rows
+            ]
+            self.seen = np.array([np.concatenate(row) for row in visited])
         self.sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         self.totals = self.sums.sum(axis=1).tolist()
         self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
+
+
+def _joined(part: npt.NDArray[Any], plan: gk.Plan, how: np.ufunc) -> npt.NDArray[Any]:
+    """[passes, segments of the plan, k] -> [passes, tensors, k]."""
+    if not plan.in_parts:
+        return part
+    return np.asarray(how.reduceat(part, np.flatnonzero(np.diff(plan.tensor, prepend=-1)), axis=1))
+
+
+class SampleError:
+    """How far readings may be off because a sample stands for the whole: `gk.sampling.sampled_ratio` of their sums.
+
+    A sample stays the same for as long as its EMA lives, so time does not average this error away. 0 without a sample.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self._beta = beta
+        self._steps = 0
+        self._grad_sq: list[Array] = []  # V of each segment of each plan, not scaled up, without bias correction
+
+    def fold(self, rows: Rows) -> None:
+        """Take in steps."""
+        if [len(v) for v in self._grad_sq] != [plan.segments for plan in rows.plans]:
+            self._steps, self._grad_sq = 0, [np.zeros(plan.segments) for plan in rows.plans]
+        for i in rows.taken if rows.plans else ():
+            self._steps += 1
+            for v, part in zip(self._grad_sq, rows.parts, strict=True):
+                v += (1 - self._beta) * (part[i, :, GRAD_SQ] - v)
+
+    def of_gr_t(self, rows: Rows, i: int, ages: Ages) -> float:
+        """Standard error of GR_T at step i."""
+        columns, start = [], 0
+        for v, part, plan in zip(self._grad_sq, rows.parts, rows.plans, strict=True):
+            age = ages.each[start:][plan.tensor]
+            start += int(plan.tensor[-1]) + 1
+            moment = part[i, :, EMA_SQ] / (1 - self._beta ** np.maximum(age, 1)) ** 2
+            columns.append(np.stack([v / (1 - self._beta**self._steps), moment], axis=-1))
+        return _ratio_error(columns, rows.plans)[1]
+
+    @staticmethod
+    def of_groups(groups: Rows, shares: Sequence[float]) -> float:
+        """Relative standard error of sum p_i |G_i|^2 / |g|^2, on which S and G2 rest."""
+        columns = []
+        for part in groups.parts:
+            added = np.stack([part[0, :, GRAD_SQ], *part[1:, :, DELTA_SQ]]) / np.array(shares)[:, None]
+            columns.append(np.stack([added.sum(axis=0), part[-1, :, GRAD_SQ]], axis=-1))
+        ratio, error = _ratio_error(columns, groups.plans)
+        return error / ratio if ratio > 0.0 else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps, "grad_sq": [v.tolist() for v in self._grad_sq]}
+
+    @staticmethod
+    def from_state(state: dict[str, Any], beta: float) -> SampleError:
+        error = SampleError(beta)
+        error._steps, error._grad_sq = state["steps"], [np.array(v) for v in state["grad_sq"]]
+        return error
+
+
+def _ratio_error(columns: list[Array], plans: Sequence[gk.Plan]) -> tuple[float, float]:
+    """Ratio of two sums over all buckets, given [segments, 2] of each, and its standard error; 0 without a sample."""
+    if not columns:
+        return 0.0, 0.0
+    sums, covariance = np.zeros(2), np.zeros((2, 2))
+    for column, plan in zip(columns, plans, strict=True):
+        s, c = sampled_sums(column, plan)
+        sums, covariance = sums + s.sum(axis=0), covariance + c.sum(axis=0)
+    ratio, error = sampled_ratio(sums, covariance)
+    return float(ratio), float(error)
 
 
 class Table:
