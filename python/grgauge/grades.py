@@ -37,6 +37,7 @@ PROBE = 4
 """With `thaw`, every how many readings the frozen matrices are read as well."""
 
 LARGEST_SAMPLE = 2**24
+"""Elements, 64 MiB of state: what is sampled of the largest models."""
 
 LORA = re.compile(r"lora_([ab])(?=\.|$)", re.IGNORECASE)
 WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))
@@ -76,8 +77,9 @@ class GradES:
         one process, FSDP2   requires_grad=False. FSDP2 also stops reducing it
         DDP                  which waits for the gradient of every parameter it was given, whatever requires_grad says.
                              The layer computes with a detached weight and an undefined gradient is handed to DDP in
-                             passing: the product is saved, the bucket's traffic is not. A weight that its module uses
-                             otherwise than in its own forward() still gets a gradient, which is dropped
+                             passing: the product is saved, the bucket's traffic is not. A weight that is used
+                             otherwise than in its own module's forward(), or in one that torch.compile has traced
+                             before, still gets a gradient, which is dropped
 
     Where freezing would leave nothing with requires_grad, the last matrix is frozen the DDP way, so that training past
     `done` goes through backward and moves nothing.
@@ -106,8 +108,8 @@ class GradES:
                  "element": tau is a mean over elements. "matrix": a sum over the matrix, as in the paper
     warmup       steps before the level is taken; None: a tenth of total_steps
     every        steps between readings; between them nothing is computed. At least 2 with "delta", which looks at two
-    sample       elements looked at, per rank; small matrices are taken whole. None: so many that the state that
-                 "delta" keeps has 1 % of the size of the monitored parameters, at most 2^24
+    sample       elements looked at, per rank; at least a block of each matrix, and small ones whole. None: so many that
+                 the state that "delta" keeps has 1 % of the size of the monitored parameters, at most 2^24
     seed         which elements a sample takes
 
     Raises ValueError for a number out of range, for `modules` that match nothing, and for matrices on different device
