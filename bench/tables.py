@@ -16,14 +16,15 @@ BEGIN, END = "<!-- bench:adamw -->", "<!-- /bench:adamw -->"
 
 LAYOUTS = {"flat": "300, flat buffer", "1": "1", "300": "300"}
 HEAD = (
-    "| parameters | tensors | torch fused, ms | plain | gauged | by hand | of copy roof | of in-place roof |",
-    "|---:|:---|---:|---:|---:|---:|---:|---:|",
+    "| parameters | tensors | torch fused, ms | plain | gauged | by hand | clipped | of copy roof | of in-place roof |",
+    "|---:|:---|---:|---:|---:|---:|---:|---:|---:|",
 )
 LEGEND = (
     "One step of torch's fused AdamW in ms; of `grgauge.AdamW` without (plain) and with a gauge (gauged), and of "
     "torch's fused AdamW with norms and EMA by foreach ops (by hand), as a ratio to it. Medians of alternating turns, "
-    "20 to 80 % quantiles in ms in parentheses. The last columns are the gauged step's memory traffic, 28 bytes a "
-    "parameter, as a share of a plain copy's and of in-place arithmetic's."
+    "20 to 80 % quantiles in ms in parentheses. Clipped: gauged and with `max_grad_norm`, as a ratio to "
+    "clip_grad_norm_ and torch's fused step. The last columns are the gauged step's memory traffic (28 bytes a "
+    "parameter, 22 in bfloat16) as a share of a plain copy's, and of in-place arithmetic's in one loop."
 )
 
 Row = dict[str, str]
@@ -32,7 +33,8 @@ Row = dict[str, str]
 def newest(rows: list[Row]) -> dict[str, list[Row]]:
     """Device -> its rows of the latest date, and of the commit that was measured last on that date."""
     runs: dict[str, list[Row]] = {}
-    for device in dict.fromkeys(row["device"] for row in rows):
+    measured = [row["device"] for row in rows if row["variant"] == "roof_loop"]  # earlier runs had no such roof
+    for device in dict.fromkeys(measured):
         own = [row for row in rows if row["device"] == device]
         date = max(row["date"] for row in own)
         commit = [row["commit"] for row in own if row["date"] == date][-1]
@@ -45,25 +47,29 @@ def table(rows: list[Row]) -> list[str]:
 
     Raises ValueError if a variant is missing.
     """
-    configurations: dict[tuple[int, str], dict[str, Row]] = {}
+    configurations: dict[tuple[str, int, str], dict[str, Row]] = {}
     for row in rows:
-        configurations.setdefault((int(row["numel"]), row["tensors"]), {})[row["variant"]] = row
+        configurations.setdefault((row["dtype"], int(row["numel"]), row["tensors"]), {})[row["variant"]] = row
     first = rows[0]
-    lines = [f"{first['device']}, torch {first['torch']}, {first['dtype']}, {first['commit']}, {first['date']}:", ""]
+    lines = [f"{first['device']}, torch {first['torch']}, {first['commit']}, {first['date']}:", ""]
     lines += HEAD
     order = list(LAYOUTS)
-    for numel, layout in sorted(configurations, key=lambda key: (key[0], order.index(key[1]))):
-        by_variant = configurations[numel, layout]
-        missing = {"torch", "plain", "gauged", "by_hand", "roof", "roof_rmw"} - set(by_variant)
+    for dtype, numel, layout in sorted(
+        configurations, key=lambda key: (key[0] != "float32", key[1], order.index(key[2]))
+    ):
+        by_variant = configurations[dtype, numel, layout]
+        missing = {"torch", "plain", "gauged", "by_hand", "torch_clip", "clip", "roof", "roof_loop"} - set(by_variant)
         if missing:
             raise ValueError(f"{numel} parameters, tensors {layout}: no row for {', '.join(sorted(missing))}")
-        cells = [f"{numel / 1e6:g} M", LAYOUTS[layout]]
+        cells = [f"{numel / 1e6:g} M{'' if dtype == 'float32' else f' {dtype}'}", LAYOUTS[layout]]
         for variant in ("torch", "plain", "gauged", "by_hand"):
             row = by_variant[variant]
             figure = digits(row["q50_ms"]) if variant == "torch" else f"{float(row['ratio_to_torch_fused']):.2f}"
             cells.append(f"{figure} ({digits(row['q20_ms'])} to {digits(row['q80_ms'])})")
+        clip, torch_clip = (float(by_variant[variant]["ratio_to_torch_fused"]) for variant in ("clip", "torch_clip"))
+        cells.append(f"{clip / torch_clip:.2f}")
         gauged = by_variant["gauged"]
-        for roof in (gauged["roof_gbps"], by_variant["roof_rmw"]["gbps"]):
+        for roof in (gauged["roof_gbps"], by_variant["roof_loop"]["gbps"]):
             cells.append(f"{float(gauged['gbps']) / float(roof):.0%}".replace("%", " %"))
         lines.append(f"| {' | '.join(cells)} |")
     return lines

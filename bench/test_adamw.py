@@ -6,8 +6,10 @@ Each configuration (size x layout of the tensors) is one run in which all varian
     plain      grgauge.AdamW, no gauge
     gauged     grgauge.AdamW with a grgauge.Gauge at its defaults
     by_hand    torch's fused AdamW, then foreach norms of the gradients, their EMA by foreach, and the norms of that
-    roof       dst.copy_(src), sized to move the 28 bytes a parameter that AdamW moves (reads p g m v, writes p m v)
-    roof_rmw   the same 28 bytes as AdamW moves them: torch.sub(g, p, out=p), m.neg_(), v.neg_()
+    torch_clip clip_grad_norm_, then torch's fused AdamW
+    clip       grgauge.AdamW(max_grad_norm=1), gauged: the gauge reads the unclipped gradient, in a pass of its own
+    roof       dst.copy_(src), sized to move the bytes that AdamW moves (reads p g m v, writes p m v): 28 a parameter
+    roof_loop  the same bytes as AdamW moves them, in one loop that torch.compile makes: p = g - p, m = g - m, v = g - v
 
 A turn is STEPS consecutive steps, and a sample their mean: the gauge reads every fifth step, so a median over single
 steps would leave the reading out. gauged / plain is what the gauge costs, gauged / torch what the user sees. Ratios
@@ -52,7 +54,10 @@ COLUMNS = (
 NUMELS = (100_000, 1_000_000, 50_000_000)
 QUICK_NUMEL = 10_000
 LAYOUTS = ("flat", "1", "300")
-VARIANTS = ("torch", "plain", "gauged", "by_hand", "roof", "roof_rmw")
+VARIANTS = ("torch", "plain", "gauged", "by_hand", "torch_clip", "clip", "roof", "roof_loop")
+TRAININGS = VARIANTS[:6]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of parameters and gradients; our moments are float32 always, torch's are like the parameters."""
 
 SEED = 0
 TENSORS = 300
@@ -60,8 +65,9 @@ STEPS = 5
 WARM_UP_TURNS = 2
 MIN_ROUNDS, MIN_SECONDS = 15, 6.0
 QUICK_ROUNDS = 3
-BYTES = 28
-"""Per float32 parameter and step."""
+BYTES = {"float32": 28, "bfloat16": 22}
+"""That our step must move, per parameter."""
+MAX_NORM = 1.0
 RENEWED = 1_000_000
 """Parameters up to which gradients are drawn anew before each turn, outside the clock; at 50 M that would take longer
 than the turn."""
@@ -94,20 +100,23 @@ replay = Replay()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
-    metafunc.parametrize("numel", (QUICK_NUMEL,) if quick else NUMELS)
-    metafunc.parametrize("layout", LAYOUTS)
+    numels = (QUICK_NUMEL,) if quick else NUMELS
+    configurations = [(numel, layout, "float32") for numel in numels for layout in LAYOUTS]
+    configurations.append((numels[-1], "1", "bfloat16"))
+    metafunc.parametrize(("numel", "layout", "dtype"), configurations)
     metafunc.parametrize("variant", VARIANTS)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
 @pytest.mark.benchmark(timer=replay)
-def test_adamw(benchmark: Any, pytestconfig: pytest.Config, numel: int, layout: str, variant: str) -> None:
+def test_adamw(benchmark: Any, pytestconfig: pytest.Config, numel: int, layout: str, dtype: str, variant: str) -> None:
     quick = pytestconfig.getoption("quick") or not benchmark.enabled
     device = pytestconfig.getoption("bench_device") or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = pytestconfig.getoption("bench_csv")
     path = Path(wanted) if wanted else None if quick else RESULTS
-    samples, figures = measured(numel, layout, device, quick, path)
+    samples, figures = measured(numel, layout, dtype, device, quick, path)
 
-    benchmark.group = f"AdamW, {numel:,} parameters, tensors: {layout}"
+    benchmark.group = f"AdamW, {numel:,} {dtype} parameters, tensors: {layout}"
     benchmark.extra_info.update(figures[variant], steps_per_sample=STEPS)
     turns = cycle(samples[variant])
 
@@ -120,25 +129,25 @@ def test_adamw(benchmark: Any, pytestconfig: pytest.Config, numel: int, layout: 
 
 @functools.cache
 def measured(
-    numel: int, layout: str, device: str, quick: bool, path: Path | None
+    numel: int, layout: str, dtype: str, device: str, quick: bool, path: Path | None
 ) -> tuple[Samples, dict[str, dict[str, float]]]:
     """Samples and figures of all variants; measured once, when the first variant asks, and written to `path`."""
     rounds, seconds = (QUICK_ROUNDS, 0.0) if quick else (MIN_ROUNDS, MIN_SECONDS)
-    samples = alternate(numel, layout, torch.device(device), rounds, seconds)
-    figures = summary(samples, numel)
+    samples = alternate(numel, layout, dtype, torch.device(device), rounds, seconds)
+    figures = summary(samples, numel * BYTES[dtype])
     if path is not None:
-        shared = origin(device) | {"numel": numel, "tensors": layout}
+        shared = origin(device) | {"dtype": dtype, "numel": numel, "tensors": layout}
         append(path, COLUMNS, [shared | {"variant": v} | figures[v] for v in VARIANTS])
     return samples, figures
 
 
-def alternate(numel: int, layout: str, device: torch.device, rounds: int, seconds: float) -> Samples:
+def alternate(numel: int, layout: str, dtype: str, device: torch.device, rounds: int, seconds: float) -> Samples:
     """Seconds a step of every variant, turn by turn, for at least `rounds` rounds and `seconds` seconds."""
     gc.collect()  # optimizers and gauges refer to each other, so the last configuration may still hold its memory
-    trainings = {v: Training(v, numel, layout, device) for v in ("torch", "plain", "gauged", "by_hand")}
-    roofs = Roofs(numel, device)
+    trainings = {v: Training(v, numel, layout, DTYPES[dtype], device) for v in TRAININGS}
+    roofs = Roofs(numel, DTYPES[dtype], device)
     steps: dict[str, Callable[[], None]] = {v: training.step for v, training in trainings.items()}
-    steps |= {"roof": roofs.copy, "roof_rmw": roofs.read_modify_write}
+    steps |= {"roof": roofs.copy, "roof_loop": roofs.read_modify_write}
 
     def sync() -> None:
         if device.type == "cuda":
@@ -167,10 +176,11 @@ def alternate(numel: int, layout: str, device: torch.device, rounds: int, second
                 samples[v].append(turn(v))
     finally:
         gc.enable()
-    for v in ("plain", "gauged", "by_hand"):
-        for ours, theirs in zip(trainings[v].params, trainings["torch"].params, strict=True):
+    alike = {"plain": "torch", "gauged": "torch", "by_hand": "torch", "clip": "torch_clip"}
+    for v, other in alike.items() if dtype == "float32" else ():  # torch's bfloat16 moments make other parameters
+        for ours, theirs in zip(trainings[v].params, trainings[other].params, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    if trainings["gauged"].gauge.reading() is None:
+    if any(trainings[v].gauge.reading() is None for v in ("gauged", "clip")):
         raise RuntimeError("the gauge has not read anything: what was measured is not a gauged step")
     return samples
 
@@ -178,26 +188,31 @@ def alternate(numel: int, layout: str, device: torch.device, rounds: int, second
 class Training:
     """Parameters, gradients and optimizer of one variant; the same numbers for each of them."""
 
-    def __init__(self, variant: str, numel: int, layout: str, device: torch.device) -> None:
+    def __init__(self, variant: str, numel: int, layout: str, dtype: torch.dtype, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(SEED)
-        self.params = [
-            torch.nn.Parameter(torch.randn(n, device=device, generator=self.generator)) for n in sizes(numel, layout)
-        ]
+
+        def normal(n: int) -> Tensor:
+            return torch.randn(n, device=device, dtype=dtype, generator=self.generator)
+
+        self.params = [torch.nn.Parameter(normal(n)) for n in sizes(numel, layout)]
         for p in self.params:
-            p.grad = torch.randn(p.shape, device=device, generator=self.generator)
+            p.grad = normal(p.numel())
         self.optimizer: torch.optim.Optimizer
-        if variant in ("torch", "by_hand"):
+        if variant in ("torch", "by_hand", "torch_clip"):
             self.optimizer = torch.optim.AdamW(self.params, fused=True)
         else:
-            self.optimizer = grgauge.AdamW(self.params, flat=layout == "flat")
+            max_norm = MAX_NORM if variant == "clip" else None
+            self.optimizer = grgauge.AdamW(self.params, flat=layout == "flat", max_grad_norm=max_norm)
         self.step: Callable[[], Any] = self.optimizer.step
-        if variant == "gauged":
+        if variant in ("gauged", "clip"):
             self.gauge = grgauge.Gauge(self.optimizer, batch_size=256)
             if STEPS % self.gauge.every:
                 raise RuntimeError(f"a turn has {STEPS} steps, no multiple of the gauge's every={self.gauge.every}")
         if variant == "by_hand":
             self.emas = [torch.zeros_like(p, requires_grad=False) for p in self.params]
             self.step = self.step_by_hand
+        if variant == "torch_clip":
+            self.step = self.step_clipped
 
     def renew(self) -> None:
         """Draw new gradients in place."""
@@ -206,6 +221,10 @@ class Training:
 
     def grads(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
+
+    def step_clipped(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM)
+        self.optimizer.step()
 
     def step_by_hand(self) -> None:
         self.optimizer.step()
@@ -216,23 +235,29 @@ class Training:
 
 
 class Roofs:
-    """The memory traffic of one step and nothing else, twice, in the same two buffers."""
+    """The memory traffic of one step and nothing else."""
 
-    def __init__(self, numel: int, device: torch.device) -> None:
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(SEED)
-        words = BYTES // 4 * numel // 2
-        self.source = torch.randn(words, device=device, generator=generator)
+        self.p, self.g = (torch.randn(numel, device=device, generator=generator).to(dtype) for _ in range(2))
+        self.m, self.v = (torch.randn(numel, device=device, generator=generator) for _ in range(2))
+        traffic = (2 * self.p.nbytes + self.g.nbytes + 2 * self.m.nbytes + 2 * self.v.nbytes) // 2
+        self.source = torch.zeros(traffic // 4, device=device).normal_(generator=generator)
         self.target = self.source.clone()
-        self.p, self.g, self.m = self.source[: 3 * numel].view(3, numel)
-        self.v = self.target[:numel]
+        self.in_one_loop = torch.compile(in_one_loop)
 
     def copy(self) -> None:
         self.target.copy_(self.source)
 
     def read_modify_write(self) -> None:
-        torch.sub(self.g, self.p, out=self.p)  # p swings between two values: nothing overflows, however long it runs
-        self.m.neg_()
-        self.v.neg_()
+        self.in_one_loop(self.p, self.g, self.m, self.v)
+
+
+def in_one_loop(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
+    """Each value swings between two: nothing overflows, however long it runs."""
+    p.copy_(g - p)
+    m.copy_(g - m)
+    v.copy_(g - v)
 
 
 def sizes(numel: int, layout: str) -> list[int]:
@@ -245,7 +270,7 @@ def sizes(numel: int, layout: str) -> list[int]:
     return [int(n) for n in counts]
 
 
-def summary(samples: Samples, numel: int) -> dict[str, dict[str, float]]:
+def summary(samples: Samples, traffic: int) -> dict[str, dict[str, float]]:
     """The figures of each variant, named as the columns of the CSV are, and the quantiles of the ratio."""
     roof = median(samples["roof"])
     figures = {}
@@ -260,8 +285,8 @@ def summary(samples: Samples, numel: int) -> dict[str, dict[str, float]]:
             "ratio_to_torch_fused": significant(ratio),
             "ratio_q20": significant(ratio_low),
             "ratio_q80": significant(ratio_high),
-            "gbps": significant(BYTES * numel / middle / 1e9),
-            "roof_gbps": significant(BYTES * numel / roof / 1e9),
+            "gbps": significant(traffic / middle / 1e9),
+            "roof_gbps": significant(traffic / roof / 1e9),
         }
     return figures
 
@@ -274,4 +299,4 @@ def origin(device: str) -> dict[str, Any]:
     else:
         name = torch.cuda.get_device_name(device)
     today = datetime.now(timezone.utc).date().isoformat()
-    return {"date": today, "commit": commit(), "device": name, "torch": torch.__version__, "dtype": "float32"}
+    return {"date": today, "commit": commit(), "device": name, "torch": torch.__version__}
