@@ -21,13 +21,14 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
-def records(request):
+def records(request, seen):
     """Kernel -> what was read off its machine code, for one target."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(gk.__file__).parents[1])
     done = subprocess.run([sys.executable, SCRIPT, "--target", request.param], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    seen({**r, "language": "Triton"} for r in found)
     return {r["kernel"]: r for r in found}
 
 
@@ -92,3 +93,8 @@ def test_bfloat16_is_rounded_to_nearest(records):
     for layout in ("flat", "loose"):
         r = records[f"adamw bf16/bf16 {layout}"]
         assert r.get("bf16_rounding", ["rn"]) == ["rn"], r
+
+
+def test_adamw_writes_what_the_hand_count_says(records, stored, by_hand):
+    adamw = {name: r for name, r in records.items() if name.startswith("adamw")}
+    assert {n: stored(r) for n, r in adamw.items()} == {n: by_hand(n, n.endswith("all options")) for n in adamw}

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("read_cuda.py")
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
-def records(request):
+def records(request, seen):
     """Kernel -> what was read off its machine code, for one architecture."""
     if not any((Path(home) / "lib" / "libgrgauge_cuda.so").exists() for home in gk.__path__):
         pytest.skip("libgrgauge_cuda.so is not built: no nvcc on the path when the package was installed")
@@ -33,6 +33,7 @@ def records(request):
     if not found:
         pytest.skip(f"libgrgauge_cuda.so was built without {request.param}")
     assert len(found) == 3 * 3 + 3 * 2 + 1
+    seen({**r, "language": "CUDA"} for r in found.values())
     return found
 
 
@@ -76,3 +77,8 @@ def test_no_atomics(records):
 
 def test_no_barriers_but_those_of_the_scalars_and_the_sums(records):
     assert all(r["barriers"] == 2 for name, r in records.items() if name != "sums")
+
+
+def test_adamw_writes_what_the_hand_count_says(records, stored, by_hand):
+    adamw = {name: r for name, r in records.items() if name.startswith("adamw")}
+    assert {n: stored(r) for n, r in adamw.items()} == {n: by_hand(n, True) for n in adamw}
