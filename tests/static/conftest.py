@@ -20,7 +20,7 @@ def _stored():
 
 @pytest.fixture
 def by_hand():
-    """What AdamW must write an element: parameter, both moments; with all options ema, previous and a zeroed gradient."""
+    """What AdamW must write an element: parameter and moments; with all options ema, previous and a zeroed gradient."""
 
     def count(kernel: str, options: bool) -> int:
         grad, param = (4 if dtype == "fp32" else 2 for dtype in kernel.split()[1].split("/"))
