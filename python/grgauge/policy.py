@@ -1,8 +1,8 @@
 """From a reading to what it says about learning rate and batch size, and the words of a `Policy`'s decisions.
 
-    Target, verdict              where a reading should be, and how far from there it is
-    Config                       what a policy sets
-    Continue, Retune, Stop       what it decides, each with a reason in words and its `Evidence`
+Target, verdict              where a reading should be, and how far from there it is
+Config                       what a policy sets
+Continue, Retune, Stop       what it decides, each with a reason in words and its `Evidence`
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Target:
 
     def lr_factor(self, reading: Reading) -> float | None:
         """What one step multiplies the learning rate by: (GR_T*/GR_T)^(1/xi_T); 1 inside the zone, None if unknown."""
-        if reading.gr_t is None or not reading.settled:
+        if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.settled > 0.0):
             return None
         settled = reading.gr_t / reading.settled
         low, high = self.gr_t_zone
@@ -50,7 +50,7 @@ class Target:
 
     def batch_factor(self, reading: Reading) -> float | None:
         """What one step multiplies the batch size by: (GR_S/GR_S*)^(1/xi_S); 1 inside the zone, None if unknown."""
-        if reading.gr_s is None:
+        if reading.gr_s is None or not 0.0 < reading.gr_s < math.inf:
             return None
         low, high = self.gr_s_zone
         return 1.0 if low <= reading.gr_s <= high else float((reading.gr_s / self.gr_s) ** (1.0 / self.gr_s_power))
