@@ -32,6 +32,13 @@ CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
 
 GRAD_SQ, NONFINITE = gk.STATS.index("grad_sq"), gk.STATS.index("nonfinite")
 
+PARTS = 64
+"""Contiguous parts of a bucket whose plain sums tell, behind a communication hook, if it has yielded the mean."""
+
+LOSSY = 0.1
+"""How far those sums may be off, relative to them: |mean|^2 then is by about the square of it. Rounding to bf16 makes
+0.003, PowerSGD of rank 1 around 1."""
+
 
 class Ranks:
     """What the ranks of a DDP or FSDP2 module see of the gradient at the steps that are read.
@@ -58,6 +65,7 @@ class Ranks:
     ) -> None:
         self._sample, self._seed, self._due, self._inv_scale = sample, seed, due, inv_scale
         self._plans: dict[tuple[Any, ...], gk.Plan] = {}
+        self._checked = comm_hook is not None
         self.forget()
         self.params = {id(p) for p in module.parameters()}
         if isinstance(module, DistributedDataParallel):
@@ -89,9 +97,10 @@ class Ranks:
     def forget(self) -> None:
         """Drop what has been seen of the step in progress."""
         self._samples = self._weight = 0.0
-        self._local: Tensor | None = None
-        self._mean: Tensor | None = None
-        self._calls: dict[Any, int] = {}
+        # By buffer, and added up in one order: buffers may come back in any, and in several threads.
+        self._local: dict[tuple[Any, ...], Tensor] = {}
+        self._mean: dict[tuple[Any, ...], Tensor] = {}
+        self._calls: dict[tuple[Any, ...], int] = {}
 
     def count(self, samples: float | None, weight: float | None) -> None:
         """Add to this rank's share of the step."""
@@ -106,15 +115,18 @@ class Ranks:
         """This rank's row of the step's table, ready to be added up over ranks; and how often gradients were reduced.
 
         float64 [4 * ranks + 1]: for each rank sum g^2, non-finite elements, samples, weight; then its part of |mean|^2.
+        With a comm_hook 2 * PARTS more: sums of parts of the mean of the ranks' gradients, and of what the hook yields.
         """
         calls = max(self._calls.values(), default=0)
-        table = torch.zeros(4 * self.size + 1, dtype=torch.float64, device=device)
-        if self._local is not None and self._mean is not None:
+        table = torch.zeros(4 * self.size + 1 + 2 * PARTS * self._checked, dtype=torch.float64, device=device)
+        if self._local and self._mean:
+            local, mean = (torch.stack([seen[k] for k in sorted(seen)]).sum(0) for seen in (self._local, self._mean))
             own = table[4 * self.rank : 4 * self.rank + 4]
-            own[0] = self._local[GRAD_SQ]
-            own[1] = self._local[NONFINITE] + self._mean[NONFINITE]  # a sum in low precision may overflow by itself
+            own[0] = local[GRAD_SQ]
+            own[1] = local[NONFINITE] + mean[NONFINITE]  # a sum in low precision may overflow by itself
             own[2], own[3] = self._samples, self._weight  # fills, which wait for nothing
-            table[-1] = self._mean[GRAD_SQ] / self.replicas
+            table[4 * self.size] = mean[GRAD_SQ] / self.replicas
+            table[4 * self.size + 1 :] = torch.cat([local[len(gk.STATS) :], mean[len(gk.STATS) :]]) / self.size
         self.forget()
         return table, calls
 
@@ -130,15 +142,18 @@ class Ranks:
                 "last from it (no_sync() of DDP, set_requires_gradient_sync(False) of FSDP2)"
             )
         squares, nonfinite, samples, weights = (table[k : 4 * self.size : 4] for k in range(4))
-        if any(nonfinite) or not math.isfinite(table[-1]):
+        mean_sq, parts = table[4 * self.size], table[4 * self.size + 1 :]
+        if any(nonfinite) or not math.isfinite(mean_sq):
             return "GR_S skipped a reading: non-finite gradients"
+        if math.dist(parts[:PARTS], parts[PARTS:]) > LOSSY * math.hypot(*parts[:PARTS]):
+            return "GR_S not available: comm_hook does not yield the mean of the ranks' gradients, or too roughly"
         if (any(samples) and not all(samples)) or (any(weights) and not all(weights)):
             return "GR_S not available: micro_step() was given samples or weight on some ranks only"
         n = self.size
         sizes = samples if all(samples) else [batch_size / n] * n
         shares = [w / sum(weights) for w in weights] if all(weights) else [1.0 / n] * n
         # A mean over ranks: rank i brings n p_i G_i.
-        return Groups([sq / (n * p) ** 2 for sq, p in zip(squares, shares, strict=True)], table[-1], sizes, shares)
+        return Groups([sq / (n * p) ** 2 for sq, p in zip(squares, shares, strict=True)], mean_sq, sizes, shares)
 
     def _measure(self, key: tuple[Any, ...], flat: Tensor, shards: int = 1) -> Tensor:
         """The six sums of a flat buffer of `shards` equal parts, scaled up from the sample."""
@@ -148,26 +163,27 @@ class Ranks:
         plan = self._plans[key]
         return gk.measure_([flat], plan, inv_scale=self._inv_scale())[0] * float(plan.scale[0])
 
-    def _take_local(self, key: Any, sums: Tensor) -> None:
+    def _take_local(self, key: tuple[Any, ...], sums: Tensor) -> None:
         self._calls[key] = self._calls.get(key, 0) + 1
-        self._local = sums if self._local is None else self._local + sums
-
-    def _take_mean(self, sums: Tensor) -> None:
-        self._mean = sums if self._mean is None else self._mean + sums
+        self._local[key] = sums
 
     def _measured(self, then: CommHook) -> CommHook:
         """DDP's communication hook `then`, with the bucket measured before and behind it."""
+
+        def measured(key: tuple[Any, ...], flat: Tensor) -> Tensor:
+            sums = self._measure(key, flat)
+            return torch.cat([sums, _sums_of_parts(flat).to(sums.device)]) if self._checked else sums
 
         def hook(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
             if not self._due():
                 return then(state, bucket)
             key = ("ddp", bucket.index())
-            self._take_local(key, self._measure(key, bucket.buffer()))
+            self._take_local(key, measured(key, bucket.buffer()))
 
             def behind(future: torch.futures.Future[Any]) -> Tensor:
                 value = future.value()
                 reduced: Tensor = value[0] if isinstance(value, list) else value
-                self._take_mean(self._measure(key, reduced))
+                self._mean[key] = measured(key, reduced)
                 return reduced
 
             return then(state, bucket).then(behind)
@@ -183,6 +199,8 @@ class Ranks:
             raise ValueError(f"module is sharded over a mesh of {mesh.ndim} dimensions; data parallelism has 1 or 2")
         shard_group = mesh.get_group(mesh.ndim - 1)
         self.size, self.replicas = mesh.size(), mesh.size() // dist.get_world_size(shard_group)
+        if self.replicas == self.size > 1:
+            raise ValueError("module is replicated only, each of its shards on one rank; use DistributedDataParallel")
         self.group = shard_group if mesh.ndim == 1 else mesh._flatten().get_group()
         for m in modules:
             for group in _param_groups(m):
@@ -225,12 +243,21 @@ class _MeasuredReduceScatter(ReduceScatter):
 
     def behind(self, reduced: Tensor) -> None:
         if self._ranks._due():
-            self._ranks._take_mean(self._ranks._measure(self._key, reduced) * self._mean**2)
+            self._ranks._mean[self._key] = self._ranks._measure(self._key, reduced) * self._mean**2
 
 
 def _param_groups(module: FSDPModule) -> list[Any]:
     state = module._get_fsdp_state()
     return getattr(state, "_fsdp_param_groups", None) or [g for g in [getattr(state, "_fsdp_param_group", None)] if g]
+
+
+def _sums_of_parts(flat: Tensor) -> Tensor:
+    """float64 [PARTS]"""
+    size = max(flat.numel() // PARTS, 1)
+    sums = torch.zeros(PARTS, dtype=torch.float64, device=flat.device)
+    whole = flat[: PARTS * size].view(-1, size).sum(1, dtype=torch.float64)
+    sums[: len(whole)] = whole
+    return sums
 
 
 def _plan(flat: Tensor, share: float, seed: int, shards: int) -> gk.Plan:
