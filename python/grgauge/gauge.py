@@ -171,6 +171,11 @@ class Gauge:
         # Ranks must not go by what each of them happens to have received: they would tell different readings.
         return window.step < self._step if self._ranks is not None else window.transfer.done()
 
+    @property
+    def _shards(self) -> int:
+        """Ranks that parameters are spread over."""
+        return 1 if self._ranks is None else self._ranks.size // self._ranks.replicas
+
     def _due(self) -> bool:
         """True if the step in progress will be read."""
         if self._scaler is not None and self._scaler._per_optimizer_states is not self._attempt:
@@ -213,7 +218,7 @@ class Gauge:
         return {
             "step": self._step,
             "batch_size": self.batch_size,
-            "ranks": 1 if self._ranks is None else self._ranks.size,
+            "shards": self._shards,
             "temporal": self._temporal.state_dict(),
             "spatial": self._spatial.state_dict(),
             "critical": self._critical.state_dict(),
@@ -227,7 +232,7 @@ class Gauge:
         """Continue where `state_dict` was taken, bit for bit; the optimizer's own state must be loaded as well.
 
         On another number of ranks S, G2 and V go on, as they mean the same there; an EMA of the gauge's own that was
-        spread over ranks cannot, and starts cold with a warning. Attach first.
+        spread over them cannot, and GR_T starts cold with a warning. Attach first.
 
         Raises ValueError if the state belongs to another kind of optimizer or to other parameters; the gauge is then as
         it was.
@@ -236,13 +241,12 @@ class Gauge:
         temporal.load_state_dict(state["temporal"])
         spatial.load_state_dict(state["spatial"])
         critical.load_state_dict(state["critical"])
-        ranks = 1 if self._ranks is None else self._ranks.size
         before = [(room, dict(vars(room))) for room in (self._sample, self._source)]
         try:
-            if ranks != state["ranks"] and state["source"]["kind"] == "own" and self._ranks and self._ranks.sharded:
+            if self._shards != state["shards"] and state["source"]["kind"] == "own":
                 warnings.warn(
-                    f"the state was made on {state['ranks']} ranks, these are {ranks}: GR_T's EMA, spread over the "
-                    "ranks, starts cold",
+                    f"the state was made of {state['shards']} shards, these are {self._shards}: GR_T's EMA, spread "
+                    "over them, starts cold",
                     stacklevel=2,
                 )
                 self._source.restart()

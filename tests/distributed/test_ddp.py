@@ -219,7 +219,7 @@ def test_an_ema_spread_over_other_ranks_starts_cold_and_says_so(four):
     for results in four["resumed_on_other_ranks"]:
         cold, warm = results["FSDP2", "sgd"], results["FSDP2", "adamw"]
         assert len(cold["said"]) == 1
-        assert "made on 2 ranks, these are 4" in cold["said"][0]
+        assert "made of 2 shards, these are 4" in cold["said"][0]
         assert not cold["last"]["ready"]
         assert any("GR_T not ready" in note for note in cold["last"]["notes"])
         assert warm["said"] == []  # m is the optimizer's there, and comes with its state
