@@ -4,19 +4,25 @@ AdamW    torch.optim.AdamW whose step also takes the gauges' sums
 Gauge    GR_T, GR_S, noise scale and gradient norm of a training run
 GradES   freezes weight matrices one by one, as their gradients come to rest
 Policy   what to do about readings: Continue, Retune to another Config, or Stop
+tune     trains with a training function of your own, at a learning rate and batch size found on the way
+Advisor, Autopilot   print what the policy says about a run, or act on it within the run
 verdict  what a reading says about learning rate and batch size
 """
 
 from . import estimators, invariance, smoothing, theory
+from .advisor import Advisor, Autopilot, TrainingError
 from .gauge import Gauge
 from .grades import GradES, MatrixReading
 from .optim import AdamW
 from .policy import Config, Continue, Retune, Stop, Target, verdict
 from .reading import Reading, SegmentReading
 from .search import Policy
+from .tuner import Result, Trial, tune
 
 __all__ = [
     "AdamW",
+    "Advisor",
+    "Autopilot",
     "Config",
     "Continue",
     "Gauge",
@@ -24,13 +30,17 @@ __all__ = [
     "MatrixReading",
     "Policy",
     "Reading",
+    "Result",
     "Retune",
     "SegmentReading",
     "Stop",
     "Target",
+    "TrainingError",
+    "Trial",
     "estimators",
     "invariance",
     "smoothing",
     "theory",
+    "tune",
     "verdict",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `grgauge demo` and `grgauge doctor`.
+"""The command line: `grgauge demo`, `grgauge tune` and `grgauge doctor`.
 
 Nothing heavy is imported before the arguments are known to be good: torch only by a command, rich and matplotlib only
 where they are used.
@@ -12,20 +12,27 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .tuner import Result, Trial
 
 INSTALL = "pip install 'grgauge-kernels[cli,plot]'"
 PICTURE = Path("grgauge-demo.png")
 STEPS, LEAST_STEPS = 160, 10
+INSTALL_TUNE = "pip install 'grgauge-kernels[tune]'"
+DEMO_BUDGET, DEMO_START = 12_000, (1e-4, 64)
 
 EXIT_CODES = """\
 exit codes:
   0    done; for doctor: the device trained on here has a native backend
-  1    doctor: it has none
+  1    doctor: it has none; tune: the training function failed
   2    a wrong argument, a package that is missing, or a file that cannot be written
   130  interrupted with Ctrl-C
 """
@@ -83,6 +90,55 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, help="seed of weights and batches (default: 0)")
     demo.set_defaults(run=_demo)
 
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page on a stored study: its verdict, pictures and trials",
+        description="Write one self-contained HTML page on a stored study: the verdict, the (GR_T, GR_S) plane, what "
+        "each trial\ncost and how it went. Needs optuna: pip install 'grgauge-kernels[tune]'",
+        epilog=EXIT_CODES,
+        formatter_class=layout,
+    )
+    report.add_argument("storage", help="the SQLite file of the study, or any Optuna storage URL")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    report.add_argument("--study", metavar="NAME", help="which study, where the storage holds several")
+    report.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    report.set_defaults(run=_report)
+
+    tune = commands.add_parser(
+        "tune",
+        help="run a training function at a learning rate and batch size found on the way",
+        description="Run a training function at a learning rate and batch size that are found on the way, read off the "
+        "gauges.\nIt is called with a trial:\n\n"
+        "  def train(trial):\n"
+        "      model = Net()\n"
+        "      optimizer = torch.optim.AdamW(model.parameters(), lr=trial.lr)\n"
+        "      trial.watch(model, optimizer)\n"
+        "      for x, y in trial.batches(dataset):\n"
+        "          trial.step(loss_of(model(x), y))\n\n"
+        "Killed or interrupted, the same command goes on from the newest checkpoint. "
+        "Needs optuna: " + INSTALL_TUNE,
+        epilog=EXIT_CODES,
+        formatter_class=layout,
+    )
+    tune.add_argument(
+        "target", nargs="?", metavar="FILE:FUNCTION", help="the training function: path/to/train.py:train"
+    )
+    tune.add_argument("--demo", action="store_true", help="a small character transformer in place of FILE:FUNCTION")
+    tune.add_argument("--lr", type=_range, default=(1e-5, 1.0), metavar="LOW:HIGH", help="default: 1e-5:1")
+    tune.add_argument(
+        "--batch", type=_whole_range, default=(8, 512), metavar="LOW:HIGH", help="in samples (default: 8:512)"
+    )
+    tune.add_argument("--budget", type=_samples, help=f"in all, as 200000samples (with --demo: {DEMO_BUDGET}samples)")
+    tune.add_argument("--start", type=_start, metavar="LR:BATCH", help="where to begin (default: below the middle)")
+    tune.add_argument("--storage", default="grgauge.db", help="SQLite file or Optuna URL (default: grgauge.db)")
+    tune.add_argument("--study", help="name of the study (default: that of the function)")
+    tune.add_argument("--policy", choices=("default", "paper"), default="default", help="rules (default: default)")
+    tune.add_argument("--micro-batch", type=_count, help="samples of one backward pass, at most (default: all)")
+    tune.add_argument("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="default: 30")
+    tune.add_argument("--seed", type=_seed, default=0, help="seed of weights and batches (default: 0)")
+    tune.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    tune.set_defaults(run=_tune)
+
     doctor = commands.add_parser(
         "doctor",
         help="show versions, devices and backends, and what to do where one is missing",
@@ -107,6 +163,39 @@ def _seed(argument: str) -> int:
     if not 0 <= seed < 2**63:
         raise argparse.ArgumentTypeError(f"{seed} is out of range; it must lie in [0, 2^63)")
     return seed
+
+
+def _count(argument: str) -> int:
+    count = int(argument)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is too few; it must be at least 1")
+    return count
+
+
+def _range(argument: str) -> tuple[float, float]:
+    low, colon, high = argument.partition(":")
+    ends = (float(low), float(high)) if colon else (math.nan, math.nan)
+    if not 0.0 < ends[0] <= ends[1] < math.inf:
+        raise argparse.ArgumentTypeError(f"{argument} is no range; it must be LOW:HIGH with 0 < LOW <= HIGH")
+    return ends
+
+
+def _whole_range(argument: str) -> tuple[int, int]:
+    low, high = _range(argument)
+    if not (low.is_integer() and high.is_integer()):
+        raise argparse.ArgumentTypeError(f"{argument} is no range of samples; both ends must be whole numbers")
+    return int(low), int(high)
+
+
+def _samples(argument: str) -> int:
+    return _count(argument.removesuffix("samples").replace("_", ""))
+
+
+def _start(argument: str) -> tuple[float, int]:
+    lr, colon, batch = argument.partition(":")
+    if not (colon and 0.0 < float(lr) < math.inf and int(batch) >= 1):
+        raise argparse.ArgumentTypeError(f"{argument} is no start; it must be LR:BATCH, such as 1e-3:32")
+    return float(lr), int(batch)
 
 
 # --- demo ------------------------------------------------------------------------------------------------------------
@@ -198,6 +287,148 @@ def _picture(out: Path | None) -> Path | None:
     except OSError as error:
         raise CommandError(f"cannot write {out}: {error.strerror}; choose another file with --out") from error
     return out
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def _report(options: argparse.Namespace) -> int:
+    from . import report
+
+    try:
+        study = report.load(options.storage, options.study)
+        options.out.write_text(report.page(study), encoding="utf-8")
+    except report.ReportError as error:
+        raise CommandError(error) from error
+    except OSError as error:
+        raise CommandError(f"cannot write {options.out}: {error.strerror}; choose another file with --out") from error
+    if options.json:
+        _print_json({**study.to_dict(), "report": str(options.out.absolute())})
+    else:
+        print(f"{study.headline}\nReport: {options.out.absolute()}")
+    return 0
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if options.demo == (options.target is not None):
+        raise CommandError("give either FILE:FUNCTION, such as train.py:train, or --demo")
+    if options.budget is None and not options.demo:
+        raise CommandError("--budget is missing: how many samples to train on in all, such as 200000samples")
+    if not _installed("optuna"):
+        raise CommandError(f"trials are stored with optuna: {INSTALL_TUNE}")
+    live = not options.json and _on_terminal()
+    if live and not _installed("rich"):
+        raise CommandError(f"the live table needs rich: {INSTALL_TUNE} (or pass --json)")
+
+    import optuna
+
+    from . import progress
+    from .advisor import TrainingError
+    from .policy import Config
+    from .search import Policy
+    from .tuner import tune
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    train: Callable[[Trial], Any]
+    start, budget = options.start, options.budget
+    if options.demo:
+        train, name = _demo_training, "demo"
+        start, budget = start or DEMO_START, budget or DEMO_BUDGET
+    else:
+        train, name = _function(options.target)
+    shown = progress.tune_live(budget) if live else nullcontext(lambda trial: None)
+    try:
+        # With --json what the function prints goes elsewhere.
+        with redirect_stdout(sys.stderr) if options.json else nullcontext(), shown as on_step:
+            result = tune(
+                train,
+                {"lr": options.lr, "batch_size": options.batch},
+                budget=budget,
+                storage=options.storage,
+                study_name=options.study or name,
+                policy={"default": Policy.default, "paper": Policy.paper}[options.policy],
+                start=None if start is None else Config(*start),
+                seed=options.seed,
+                micro_batch=options.micro_batch,
+                checkpoint_every=options.checkpoint_every,
+                on_step=on_step,
+            )
+    except TrainingError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"grgauge tune: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if options.json:
+        _print_json(_document(result, options.storage, options.study or name, budget))
+    else:
+        print(result.verdict)
+    return 0
+
+
+def _document(result: Result, storage: str, study: str, budget: int) -> dict[str, Any]:
+    return {
+        "recommendation": asdict(result.config),
+        "loss": result.loss,
+        "used": result.used,
+        "budget": budget,
+        "verdict": result.verdict,
+        "storage": storage,
+        "study": study,
+        "trials": [
+            {
+                "number": trial.number,
+                "state": trial.state,
+                **asdict(trial.config),
+                "loss": trial.loss,
+                **trial.attributes(),
+            }
+            for trial in result.trials
+        ],
+    }
+
+
+def _function(target: str) -> tuple[Callable[[Trial], Any], str]:
+    """The function FILE:FUNCTION and its name, with the file's folder first on the path, as for a script."""
+    file, colon, name = target.rpartition(":")
+    path = Path(file)
+    if not colon or not path.is_file():
+        raise CommandError(f"{file or target} is not a file; the training function must be FILE:FUNCTION")
+    spec = util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise CommandError(f"{file} is not a Python file; its name must end with .py")
+    module = util.module_from_spec(spec)
+    sys.path.insert(0, str(path.absolute().parent))
+    sys.modules[path.stem] = module  # classes defined there can then be pickled
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        traceback.print_exception(error)
+        raise CommandError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    train = getattr(module, name, None)
+    if not callable(train):
+        raise CommandError(f"{file} has no function {name!r}")
+    return train, name
+
+
+def _demo_training(trial: Trial) -> None:
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.data import TensorDataset
+
+    from .demo import CONTEXT, CharTransformer, Text
+    from .optim import AdamW
+
+    torch.set_num_threads(1)  # as in `_demo`
+    text = Text.manual()
+    model = CharTransformer(text.characters)
+    trial.watch(model, AdamW(model.parameters(), lr=trial.lr))
+    for (piece,) in trial.batches(TensorDataset(text.data.unfold(0, CONTEXT + 1, CONTEXT // 4))):
+        trial.step(F.cross_entropy(model(piece[:, :-1]).flatten(0, 1), piece[:, 1:].flatten()))
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""How the demo's trainings look while they run: a live table on a terminal (with rich), plain lines elsewhere."""
+"""How trainings look while they run: a live table on a terminal (with rich), plain lines elsewhere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .demo import Run, Text, train
@@ -13,8 +14,13 @@ from .reading import Reading
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .tuner import Trial
+
 LINE_EVERY = 20
 """Steps between two plain lines."""
+
+ROWS = 12
+"""Trials that the live table of a tuner shows, the newest."""
 
 
 def train_quietly(runs: Iterable[Run], text: Text, seed: int) -> None:
@@ -84,3 +90,51 @@ def _style(reading: Reading | None) -> str:
         return "dim"
     target = Target()
     return "green" if target.lr_factor(reading) == target.batch_factor(reading) == 1.0 else "yellow"
+
+
+@contextmanager
+def tune_live(budget: int) -> Iterator[Callable[[Trial], None]]:
+    """A table of trials that is kept up to date, and a progress bar by budget; yields what to call after each step."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.completed:.0f} of {task.total:.0f} samples"), BarColumn())
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+    task = bar.add_task("samples", total=budget)
+    table: list[Table] = []
+
+    def on_step(trial: Trial) -> None:
+        bar.update(task, completed=min(trial.used, budget))
+        table[:] = [_trials(trial)]
+
+    with Live(get_renderable=lambda: Group(*table, bar), refresh_per_second=4):
+        yield on_step
+
+
+def _trials(trial: Trial) -> Table:
+    from rich.table import Table
+
+    running = [trial.segment] if trial.segment.state is None else []
+    segments = [*(segment for segment in trial.ended if segment is not trial.segment), *running]
+    hidden = max(len(segments) - ROWS, 0)
+    table = Table(caption=f"{hidden} earlier trials are not shown." if hidden else None, caption_justify="left")
+    for name in ("trial", "from", "lr", "batch", "samples", "loss", "GR_T", "GR_S"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why it ended", min_width=20)
+    style = {"COMPLETE": "", "PRUNED": "yellow", "FAIL": "red", None: "bold"}
+    for segment in segments[hidden:]:
+        newest = segment.readings[-1] if segment.readings else {"gr_t": None, "gr_s": None}
+        gauges = zip((newest["gr_t"], newest["gr_s"]), (".1f", ".2f"), strict=True)
+        table.add_row(
+            "–" if segment.number is None else f"{segment.number}",
+            "–" if segment.parent is None else f"{segment.parent}",
+            f"{segment.lr:.2e}",
+            f"{segment.batch_size}",
+            f"{segment.samples}",
+            "–" if math.isnan(segment.loss) else f"{segment.loss:.3g}",
+            *("–" if value is None else f"{value:{spec}}" for value, spec in gauges),
+            segment.reason or "running",
+            style=style[segment.state],
+        )
+    return table

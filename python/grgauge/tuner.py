@@ -1,0 +1,404 @@
+"""`tune`: early stopping, guided search and state reuse around a user's own training function."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .advisor import Training, TrainingError
+from .invariance import Rule
+from .moves import require_count
+from .policy import Config, Decision, Retune, Stop, verdict
+from .search import Policy
+from .theory import require
+from .trials import Segment, Trials, words_of
+
+log = logging.getLogger(__name__)
+
+Space = Mapping[str, tuple[float, float]]
+
+START = {"lr": 0.4, "batch_size": 1 / 3}
+"""Where a search begins, as a share of each range in logarithms: 1e-3 of 1e-5 to 1, batch 32 of 8 to 512. From below is
+cheap and safe; from above weights are destroyed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `tune` ends with.
+
+    config   the recommended learning rate, batch size in samples and weight decay
+    model    trained, as the training function left it
+    loss     training loss of its last trial, the mean of the last 20 steps
+    used     samples taken in all
+    verdict  in words, one line
+    trials   all trials of the study, failed ones included
+    output   what the training function returned
+    """
+
+    config: Config
+    model: nn.Module
+    loss: float
+    used: int
+    verdict: str
+    trials: tuple[Segment, ...]
+    output: Any
+
+
+class Trial(Training):
+    """What a training function trains with: `watch` once, then `step` for each of `batches`.
+
+    lr, batch_size   to train at. `watch` sets the learning rate, and `batches` follow the batch size
+    budget, used     samples, over all trials
+    segment, ended   the stretch that is being trained, and those before it
+    """
+
+    segment: Segment
+    _live: dict[str, Any] | None  # what `watch` has to restore
+    _snapshot: str | None  # the checkpoint of weights to go back to
+    _stopped: bool
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        trials: Trials,
+        space: Space,
+        budget: int,
+        *,
+        checkpoint_every: float,
+        on_step: Callable[[Trial], object],
+        micro_batch: int | None,
+        every: int,
+        seed: int,
+        decay: Rule,
+    ) -> None:
+        super().__init__(config, policy, micro_batch=micro_batch, every=every, seed=seed, decay=decay)
+        self.budget, self.used = budget, 0
+        self._trials, self._space, self._checkpoint_every, self._on_step = trials, space, checkpoint_every, on_step
+        self._fresh_policy = policy.state_dict()
+        self._start = config
+        self._load()
+        self.ended = [segment for segment in trials.segments() if segment.state is not None]
+
+    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> None:
+        super().watch(model, optimizer, *others)
+        if self._live is not None:
+            self._restore(self._live)
+            self._live = None
+        self.segment.weight_decay = self.config.weight_decay
+        if self.segment.state is None:
+            self._trials.begin(self.segment, self._space)
+        self._clock = time.monotonic()
+
+    def run(self, train: Callable[[Trial], Any]) -> Any:
+        """Call the training function until the budget is spent; returns what it returns."""
+        while True:
+            self._forget()
+            self.model = None
+            gc.collect()  # what an abandoned attempt held
+            random.seed(self._seed)
+            np.random.seed(self._seed % 2**32)  # noqa: NPY002
+            torch.manual_seed(self._seed)
+            try:
+                output = train(self)
+                self._check_finished()
+                break
+            except _FromScratch:
+                continue
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+            except TrainingError as error:
+                self._fail(error)
+                raise
+            except Exception as error:
+                self._fail(error)
+                raise TrainingError(
+                    f"the training function raised {type(error).__name__} in trial {self.segment.number} "
+                    f"({self.config}): {error}"
+                ) from error
+        if self.segment.state is None:
+            self.segment.end("COMPLETE", "the budget is spent", _decided("continue", "budget"))
+        self._save(closed=self.segment)
+        self._trials.write(self.segment)
+        return output
+
+    def _over(self) -> bool:
+        return self.used >= self.budget or self._stopped
+
+    def _between(self) -> None:
+        self.used += self.config.batch_size
+        if self.steps == 1 and not math.isfinite(self.loss):
+            raise TrainingError(f"the loss of untrained weights is {self.loss}: no learning rate will help that")
+        decision, fresh = self._observe()
+        now = time.monotonic()
+        self.segment.add(self.loss, self.config.batch_size, self.used, now - self._clock, fresh)
+        self._clock = now
+        if isinstance(decision, Stop) or self.used >= self.budget:
+            self._end(decision)
+        elif isinstance(decision, Retune):
+            self._retune(decision)
+        elif now - self._saved_at >= self._checkpoint_every:
+            self._save()
+            self._trials.write(self.segment)
+            self._trials.note(used=self.used)
+        self._on_step(self)
+
+    def _retune(self, decision: Retune) -> None:
+        """Another configuration: with these weights, with those saved before, or from untrained ones."""
+        old, state = self.segment, "PRUNED"
+        parent: int | None = None
+        if not decision.reuse:
+            self._snapshot = None
+        elif decision.rollback:
+            parent = self._roll_back()
+        else:
+            state, parent = "COMPLETE", old.number
+            self._snapshot = f"before-{self.used}.pt"
+            self._trials.save(self._snapshot, {"live": self._state(), "trial": old.number})
+        old.end(state, decision.reason, words_of(decision))
+        if decision.reuse:
+            words = self._configure(decision.config)
+        else:
+            self.config, words = self._decayed(decision.config)
+            self.samples = self.steps = 0
+        self.segment = Segment(**asdict(self.config), parent=parent, start_samples=self.used)
+        self._save(closed=old, fresh=not decision.reuse)
+        self._trials.write(old)
+        self._trials.note(used=self.used)
+        self.ended.append(old)
+        log.info("%d samples: %s. %s", self.used, decision, words)
+        if not decision.reuse:
+            self._on_step(self)
+            raise _FromScratch
+        self._trials.begin(self.segment, self._space)
+
+    def _end(self, decision: Decision) -> None:
+        """The last step: what comes out are these weights, or those saved before if these are worth nothing."""
+        stopped = isinstance(decision, Stop)
+        failing = stopped or (isinstance(decision, Retune) and (decision.rollback or not decision.reuse))
+        if not math.isfinite(self.loss) or (failing and self._snapshot is not None):
+            self.segment.end("PRUNED", decision.reason, words_of(decision))
+            if self._snapshot is None:
+                raise TrainingError(f"training ended with loss {self.loss} and no weights to go back to: {decision}")
+            self._roll_back()
+        elif stopped:
+            raise TrainingError(f"no configuration of the space trains: {decision}")
+        self._stopped = stopped
+        self._save()
+
+    def _roll_back(self) -> int | None:
+        """Load the weights saved last; the number of the trial that they are of."""
+        saved = self._trials.load(self._snapshot) if self._snapshot is not None else None
+        if saved is None:
+            raise TrainingError(f"the policy goes back to saved weights, but {self._trials.folder} has none")
+        self._restore(saved["live"])
+        number: int | None = saved["trial"]
+        return number
+
+    def _check_finished(self) -> None:
+        if self._open is not None or not self._over():
+            done = f"{self.used} of {self.budget} samples"
+            where = "calling trial.watch(model, optimizer)" if self._gauge is None else "the loop over trial.batches()"
+            raise TrainingError(
+                f"the training function returned early, after {done}: "
+                + (f"without {where}" if self._gauge is None else f"let {where} run until it ends")
+            )
+        if self._gauge is None:
+            raise TrainingError("the training function returned without calling trial.watch(model, optimizer)")
+
+    def _fail(self, error: Exception) -> None:
+        """Store the trial as failed."""
+        segment = self.segment
+        if segment.state == "COMPLETE":  # the loop is over; what follows it has failed
+            return
+        if segment.number is None:
+            self._trials.begin(segment, self._space)
+        segment.error = f"{type(error).__name__}: {error}"
+        segment.end("FAIL", f"failed: {error}", segment.decision or _decided("fail", type(error).__name__))
+        self._trials.write(segment)
+        self._trials.note(used=self.used)
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        """Half the micro-batch, the same batch: go on with the weights of the last step."""
+        size = self.config.batch_size
+        largest = math.ceil(size / math.ceil(size / (self.micro_batch or size)))
+        if self._gauge is None or largest == 1:
+            what = "for the model alone" if self._gauge is None else "with one sample at a time"
+            self._fail(error)
+            raise TrainingError(f"out of memory {what}: {error}") from error
+        if self._updating:  # weights may be half updated
+            self._load()
+        else:
+            self._live = self._state()
+        self.micro_batch = math.ceil(largest / 2)
+        log.warning("out of memory: micro-batch %d -> %d, batch %d as before", largest, self.micro_batch, size)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    # --- what survives ------------------------------------------------------------------------------------------------
+
+    def _save(self, closed: Segment | None = None, fresh: bool = False) -> None:
+        """A checkpoint. closed: the segment that has just ended; fresh: begin from untrained weights."""
+        self._trials.save(
+            "last.pt",
+            {
+                "live": None if fresh else self._state(),
+                "policy": self.policy.state_dict(),
+                "segment": asdict(self.segment),
+                "closed": None if closed is None else asdict(closed),
+                "used": self.used,
+                "snapshot": self._snapshot,
+                "stopped": self._stopped,
+                "micro_batch": self.micro_batch,
+            },
+        )
+        self._trials.keep("last.pt", self._snapshot)
+        self._saved_at = time.monotonic()
+
+    def _load(self) -> None:
+        """Go on from the newest checkpoint, or begin."""
+        self._live, self._snapshot, self._stopped = None, None, False
+        self._clock = self._saved_at = time.monotonic()
+        saved = self._trials.load("last.pt")
+        if saved is None:
+            self.used = self.samples = self.steps = 0
+            self.config = self._start
+            self.policy.load_state_dict(self._fresh_policy)
+            self.segment = Segment(**asdict(self.config))
+            return
+        self.policy.load_state_dict(saved["policy"])
+        self.segment, self.used = Segment(**saved["segment"]), saved["used"]
+        self.config, self._live = self.segment.config, saved["live"]
+        self._snapshot, self._stopped = saved["snapshot"], saved["stopped"]
+        sizes = [size for size in (self.micro_batch, saved["micro_batch"]) if size is not None]
+        self.micro_batch = min(sizes) if sizes else None
+        if saved["closed"] is not None:
+            self._trials.write(Segment(**saved["closed"]))
+        if self.segment.state is None:
+            self.segment.number = None  # `begin` finds it if it is still running
+        elif not self._over():  # finished, and now the budget is larger
+            self.segment = Segment(**asdict(self.config), parent=self.segment.number, start_samples=self.used)
+
+
+def tune(
+    train: Callable[[Trial], Any],
+    space: Space,
+    *,
+    budget: int,
+    storage: str | Path = "grgauge.db",
+    study_name: str = "grgauge",
+    policy: Callable[..., Policy] = Policy.default,
+    start: Config | None = None,
+    seed: int = 0,
+    micro_batch: int | None = None,
+    every: int = 5,
+    decay: Rule = "decay",
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: float = 30.0,
+    on_step: Callable[[Trial], object] = lambda trial: None,
+) -> Result:
+    """Train with a learning rate and a batch size that are found on the way.
+
+    train         the training function. It builds model and optimizer, calls `trial.watch(model, optimizer)`, takes its
+                  batches from `trial.batches(dataset)` and calls `trial.step(loss)` for each, in place of backward,
+                  step and zero_grad. It is called again where training begins anew, and must then do the same
+    space         {"lr": (low, high), "batch_size": (low, high)}, in samples
+    budget        samples to train on, in all
+    storage       path of an SQLite file, or the URL of any Optuna storage
+    study_name    the same name, storage and space again: go on where it stopped, or with a larger budget from its end
+    policy        makes the policy from the bounds of the space; `Policy.paper` for the published rules
+    start         where to begin; None: below the middle of the space
+    seed          of weights and batches; sets the global generators of torch, numpy and Python
+    micro_batch   samples that one backward pass may take; None: the whole batch. Halved where memory runs out
+    every         steps between readings
+    decay         what happens to weight decay when the learning rate or batch changes (`invariance.decay_after`)
+    checkpoint_dir    folder for checkpoints, which are pickles: load only your own. None: beside the SQLite file
+    checkpoint_every  seconds between checkpoints, beside those at every change: what a kill can cost
+    on_step       called after each step, as for a progress bar
+
+    Raises ValueError for an argument out of range and for a study begun with others, before anything is stored;
+    ImportError without Optuna; TrainingError if the training function raises, returns early, never steps, ignores the
+    batch size, or nothing that it does trains. The trial is then stored as failed, and the same call goes on from the
+    newest checkpoint.
+    """
+    bounds = _bounds(space)
+    (low, high), (least, most) = bounds["lr"], bounds["batch_size"]
+    require_count("budget", budget, 1)
+    require_count("seed", seed, 0)
+    require(0.0 <= checkpoint_every < math.inf, "checkpoint_every", checkpoint_every, "in seconds, at least 0")
+    if start is None:
+        lr, batch = (ends[0] * (ends[1] / ends[0]) ** START[name] for name, ends in bounds.items())
+        start = Config(min(max(lr, low), high), round(batch))
+    inside = low <= start.lr <= high and least <= start.batch_size <= most
+    require(inside, "start", start, f"inside {bounds}")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        require(ranks == 1, "train", f"one of {ranks} processes", "run by one: tune() does not share trials out")
+    own = policy(lr_bounds=(low, high), min_batch=int(least), max_batch=int(most))
+    settings = {"space": {name: list(ends) for name, ends in bounds.items()}, "seed": seed}
+    # refuses what is out of range before a study is made
+    Training(start, own, micro_batch=micro_batch, every=every, seed=seed, decay=decay)
+    trials = Trials(storage, study_name, checkpoint_dir, settings)
+    zones = {name: value for name, value in asdict(own.target).items() if not name.endswith("_power")}
+    trials.note(target={k: list(v) if isinstance(v, tuple) else v for k, v in zones.items()}, budget=budget)
+    trial = Trial(
+        start,
+        own,
+        trials,
+        bounds,
+        budget,
+        checkpoint_every=checkpoint_every,
+        on_step=on_step,
+        micro_batch=micro_batch,
+        every=every,
+        seed=seed,
+        decay=decay,
+    )
+    output = trial.run(train)
+    assert trial.model is not None
+    segments = trials.segments()
+    words = trials.study.user_attrs.get("verdict") if trial.reading is None else None  # nothing was left to train
+    words = words or _verdict(trial, len(segments))
+    trials.note(used=trial.used, verdict=words, recommendation=asdict(trial.config))
+    return Result(trial.config, trial.model, trial.segment.loss, trial.used, words, tuple(segments), output)
+
+
+class _FromScratch(BaseException):
+    """Leaves the training function, to call it again. No Exception, which a user's `except` would take for its own."""
+
+
+def _bounds(space: Space) -> dict[str, tuple[float, float]]:
+    require(set(space) == {"lr", "batch_size"}, "space", sorted(space), "keyed 'lr' and 'batch_size'")
+    bounds: dict[str, tuple[float, float]] = {}
+    for name, whole in (("lr", False), ("batch_size", True)):
+        ends = tuple(space[name])
+        fits = len(ends) == 2 and 0.0 < ends[0] <= ends[1] < math.inf
+        fits = fits and (not whole or (ends[0] >= 1 and all(float(end).is_integer() for end in ends)))
+        require(
+            fits, f"space[{name!r}]", space[name], f"(low, high), {'whole numbers' if whole else 'numbers'} above 0"
+        )
+        bounds[name] = (int(ends[0]), int(ends[1])) if whole else (float(ends[0]), float(ends[1]))
+    return bounds
+
+
+def _decided(kind: str, rule: str) -> dict[str, Any]:
+    return {"kind": kind, "rule": rule, "evidence": {}}
+
+
+def _verdict(trial: Trial, count: int) -> str:
+    reading = trial.reading
+    gauges = "no reading" if reading is None else verdict(reading, trial.policy.target)
+    end = f" Stopped early: {trial.segment.reason}." if trial.segment.state == "PRUNED" else ""
+    trials = f"{count} trial{'s' * (count != 1)}"
+    return f"{trial.config}: loss {trial.segment.loss:.4g} after {trials} and {trial.used} samples; {gauges}.{end}"

@@ -1,0 +1,53 @@
+"""What the tuner's tests share: a policy that does as it is told, and a training function's body."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grgauge import Continue, Policy, Retune
+from grgauge.policy import Evidence
+
+SPACE = {"lr": (1e-5, 1.0), "batch_size": (8, 512)}
+
+
+class Told(Policy):
+    """Retunes as `orders` say: {study samples at which, counted by the policy: Retune or Stop}."""
+
+    def __init__(self, orders):
+        super().__init__()
+        self.orders, self.total, self.seen = dict(orders), 0, []
+
+    def observe(self, reading, config, *, loss=None, samples=None, lr_factor=1.0):
+        self.total += config.batch_size
+        self.seen.append((config, samples, lr_factor, loss))
+        due = [at for at in self.orders if at <= self.total]
+        if due:
+            return self.orders.pop(due[0])
+        return Continue("as told", Evidence("told"))
+
+    def state_dict(self):
+        return {"orders": self.orders, "total": self.total}
+
+    def load_state_dict(self, state):
+        self.orders, self.total = dict(state["orders"]), state["total"]
+
+
+def retune(config, reuse=True, rollback=False):
+    return Retune(config, reuse, "as told", Evidence("told", None, "GR_T", float("inf")), rollback)
+
+
+def linear(trial, data, optimizer=torch.optim.AdamW, schedule=None, seen=None):
+    """A training function's body: linear regression."""
+    model = nn.Linear(6, 1)
+    own = optimizer(model.parameters(), lr=trial.lr)
+    scheduler = [] if schedule is None else [schedule(own)]
+    trial.watch(model, own, *scheduler)
+    for x, y in trial.batches(data):
+        stepped = trial.step(F.mse_loss(model(x)[:, 0], y))
+        if seen is not None:
+            seen.append((len(x), own.param_groups[0]["lr"], stepped))
+        if stepped and scheduler:
+            scheduler[0].step()
+    return model
