@@ -12,8 +12,9 @@ Each configuration (size x layout of the tensors) is one run in which all varian
     roof_loop  the same bytes as AdamW moves them, in one loop that torch.compile makes: p = g - p, m = g - m, v = g - v
 
 A turn is STEPS consecutive steps, and a sample their mean: the gauge reads every fifth step, so a median over single
-steps would leave the reading out. Behind the last of them a gauged variant asks for the reading, within the clock. gauged / plain is what the gauge costs, gauged / torch what the user sees. Ratios
-are taken between turns of the same round.
+steps would leave the reading out. Behind the last of them a gauged variant asks for the reading, within the clock.
+gauged / plain is what the gauge costs, gauged / torch what the user sees. Ratios are taken between turns of the same
+round.
 
 Two roofs, because on a CPU a store that misses the cache may read its line first: a copy then moves half as much again
 as it is credited with, an in-place update does not, and AdamW can beat the copy roof. Both are the real ceiling only
