@@ -40,6 +40,7 @@ from turns import append, origin, significant
 
 from grgauge import AdamW, Gauge
 
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "readings.md"
 CSV = Path(__file__).parent / "results" / "readings.csv"
 COLUMNS = (
     "date,commit,device,torch,configuration,precision,optimizer,gr_t,gr_t_truth,gr_t_error,gr_s,gr_s_truth,gr_s_error,"
@@ -356,27 +357,60 @@ def torchrun(world: int, script: Path, *arguments: str, limit: float = 240.0) ->
     return output
 
 
+PAGE = f"""# Readings against float64
+
+What gauges read in {STEPS} steps of real processes (torchrun, gloo), against a plain float64 run over the same batches.
+Errors are relative; all ranks must hold the same bits. "Per sample" is GR_S by its definition, from each sample's own
+gradient, and how many standard errors the reading is away from it. fp16 includes a growing loss scale and a step that
+overflows on one rank and is skipped on all. Each row is a test in `tests/distributed/test_readings.py`; this page is
+written by `python bench/readings.py`.
+"""
+
+HEAD = (
+    "configuration",
+    "precision",
+    "optimizer",
+    "GR_T",
+    "error",
+    "GR_S",
+    "error",
+    "tolerance",
+    "per sample",
+    "passed",
+)
+
+
+def cells(row: Row) -> list[str]:
+    away = (row.gr_s - row.gr_s_per_sample) / row.gr_s_standard_error
+    return [
+        row.configuration,
+        row.precision + " + GradScaler" * (row.precision == "fp16"),
+        row.optimizer,
+        f"{row.gr_t:.4f}",
+        f"{row.gr_t_error:.1e}",
+        f"{row.gr_s:.4f}",
+        f"{row.gr_s_error:.1e}",
+        f"{row.tolerance:.0e}",
+        f"{row.gr_s_per_sample:.4f} ({away:+.1f} s.e.)",
+        "yes" if row.passed else "no" + " (ranks differ)" * (not row.ranks_alike),
+    ]
+
+
 def table(rows: list[Row]) -> Table:
-    columns = ("configuration", "precision", "optimizer", "GR_T", "error", "GR_S", "error", "tolerance")
-    grid = Table(*columns, "per sample", "passed", title=f"Readings of {STEPS} steps against float64")
+    grid = Table(*HEAD, title=f"Readings of {STEPS} steps against float64")
     for column in grid.columns[3:-1]:
         column.justify = "right"
     for row in rows:
-        away = (row.gr_s - row.gr_s_per_sample) / row.gr_s_standard_error
-        grid.add_row(
-            row.configuration,
-            row.precision + " + GradScaler" * (row.precision == "fp16"),
-            row.optimizer,
-            f"{row.gr_t:.4f}",
-            f"{row.gr_t_error:.1e}",
-            f"{row.gr_s:.4f}",
-            f"{row.gr_s_error:.1e}",
-            f"{row.tolerance:.0e}",
-            f"{row.gr_s_per_sample:.4f} ({away:+.1f} s.e.)",
-            "[green]yes" if row.passed else "[red]no" + " (ranks differ)" * (not row.ranks_alike),
-            end_section=row is [r for r in rows if r.configuration == row.configuration][-1],
-        )
+        *others, passed = cells(row)
+        last = row is [r for r in rows if r.configuration == row.configuration][-1]
+        grid.add_row(*others, f"[{'green' if row.passed else 'red'}]{passed}", end_section=last)
     return grid
+
+
+def page(rows: list[Row]) -> str:
+    """docs/readings.md"""
+    lines = [f"| {' | '.join(cells(row))} |" for row in rows]
+    return "\n".join([PAGE, f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}", *lines, ""])
 
 
 def main() -> int:
@@ -397,6 +431,7 @@ def main() -> int:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
     else:
         Console(width=None if sys.stdout.isatty() else 150).print(table(rows))
+        DOCS.write_text(page(rows), "utf-8")
         append(CSV, COLUMNS, [{**origin(torch.device("cpu")), **row.to_dict()} for row in rows])
     return 0 if all(row.passed for row in rows) else 1
 

@@ -100,9 +100,14 @@ class Gauge:
         must be called on all ranks alike.
 
         Raises TypeError for another kind of module, ValueError if it has a communication hook already or the gauge is
-        attached.
+        attached, RuntimeError where the installed torch lacks what this rests on.
         """
-        from .distributed import Ranks
+        try:
+            from .distributed import Ranks
+        except ImportError as error:
+            raise RuntimeError(
+                f"torch {torch.__version__} has no hook in FSDP2's reduce-scatter ({error}); use micro_step()"
+            ) from error
 
         if self._ranks is not None:
             raise ValueError("module is the second one: the gauge is attached to one already")
