@@ -1,4 +1,4 @@
-"""What a gauge costs on other optimizers: `python bench/hooks.py`, some three minutes on two cores.
+"""What a gauge costs on other optimizers: `python bench/hooks.py`, some ten minutes on two cores.
 
 A training step of a 124 M GPT with a gauge at its defaults on the optimizer's hooks: a pass over 5e7 sampled parameters
 before every step. Hooks run in the order of their making, so one made before the gauge and one behind it time the gauge
@@ -40,7 +40,7 @@ def optimizers(params: list[torch.nn.Parameter]) -> dict[str, Callable[[], torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, no rows: does it run?")
-    parser.add_argument("--tokens", type=int, default=512, help="in a step, in sequences of 256")
+    parser.add_argument("--tokens", type=int, default=1024, help="in a step, in sequences of 256")
     options = parser.parse_args()
     name, steps = ("tiny", 6) if options.quick else ("124M", 10)
     config = CONFIGS[name]
