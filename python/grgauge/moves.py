@@ -36,6 +36,8 @@ class State:
     raised: bool = False  # the newest move raised the learning rate
     climbed: bool = False  # these weights have seen the learning rate rise to where it is
     groping: bool = False  # these weights have seen it rise by the loss alone
+    noiseless: bool | None = None  # less noise has not lowered a loss that stalled; None: not known
+    test: list[float] | None = None  # lr, batch, loss level and its error as a stalled loss was first met with a move
     rollbacks: int = 0  # to the weights saved
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     saved: list[float] | None = None  # lr, batch, samples, loss level and its error as the newest move began
@@ -165,6 +167,7 @@ class Moves:
     ) -> Retune:
         s, config = self._state, replace(self._config, lr=lr, batch_size=batch)
         s.config, s.moves, s.broken = [config.lr, config.batch_size, config.weight_decay], s.moves + 1, 0
+        s.test = None
         self._begin()
         return Retune(config, reuse, reason, evidence, rollback)
 
@@ -174,6 +177,7 @@ class Moves:
         if s.moves >= self.max_moves:
             return Stop(f"{reason}, and all {self.max_moves} moves are made", evidence)
         self._cap(0.5 * old.lr)
+        s.noiseless = False if s.test else s.noiseless
         if rollback and s.saved is not None and s.rollbacks < 2:
             lr, batch = s.saved[0], s.saved[1]
             between = math.sqrt(lr * old.lr) if lr < old.lr / 4.0 and batch == old.batch_size else lr

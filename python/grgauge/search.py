@@ -194,6 +194,7 @@ class Policy(Moves):
         return (
             self._wrecked(block)
             or self._left()
+            or self._answer()
             or self._spatial(reading)
             or self._temporal(reading, warming)
             or Continue("nothing to change", Evidence("steady", s.step))
@@ -208,11 +209,15 @@ class Policy(Moves):
         scale = abs(first)
         known = max(first, s.saved[3]) if s.saved else first
         evidence = Evidence("loss", s.step, "loss", block, (known - 3.0 * noise, known + 3.0 * noise))
-        if block > known + 1.5 * scale + 1e-12:
+        recent = losses.level(4, s.start)
+        # A learning rate raised against a stall may shake the loss, and is judged when that is over; not where it doubles.
+        doubled = s.test is not None and recent is not None and recent > s.test[2] + abs(s.test[2])
+        if block > known + 1.5 * scale + 1e-12 or doubled:
             return self._fail("the loss exploded", replace(evidence, rule="explosion"))
         if block > first + 0.2 * scale:
             s.hurt = True
-        if s.saved and s.raised and s.age >= 2 * self.every:
+        # Not for ever: of hundreds of checks one is beyond three standard errors.
+        if s.saved and s.raised and s.test is None and 2 * self.every <= s.age <= 100:
             now, error = losses.level(2, s.start), math.hypot(losses.error(2), s.saved[4])
             if now is not None and now > s.saved[3] + 3.0 * error + 0.03 * abs(s.saved[3]):
                 reason = "the loss is worse than before the learning rate was raised"
@@ -256,19 +261,22 @@ class Policy(Moves):
         most = min(2.0, self.max_batch_factor) if s.found else self.max_batch_factor
         wanted = min(max(wanted, old.batch_size / self.max_batch_factor**2), old.batch_size * most)
         s.away += 1
+        evidence = Evidence("batch", s.step, "GR_S", gr_s, interval)
         _, batch = self._fit(old.lr, wanted)
         ratio = batch / old.batch_size
         needed, patience = (1.8, 4) if s.found else (1.5, 1)
         if max(ratio, 1.0 / ratio) < needed or s.away < patience:
             return None
         quiet = not s.recent or s.recent[-1] <= math.log(target.gr_t_zone[1])
-        if ratio > 1.0 and not (quiet and self._stalled() if s.found else self._learned()):
+        if ratio > 1.0 and s.found:
+            return self._stall(reading, old.lr, batch, "the batch is too small", evidence) if quiet else None
+        if ratio > 1.0 and not self._learned():
             return None
         # Up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
         low_lr = not (s.found or s.hurt) and bool(s.recent) and max(s.recent) < math.log(target.gr_t_zone[0])
         lr = old.lr * ratio**self.coupling if ratio < 1.0 or low_lr else old.lr
         reason = "the batch is too small" if ratio > 1.0 else "the batch is larger than it need be"
-        return self._move(self._below(lr, batch), batch, reason, Evidence("batch", s.step, "GR_S", gr_s, interval))
+        return self._move(self._below(lr, batch), batch, reason, evidence)
 
     def _temporal(self, reading: Reading, warming: bool) -> Decision | None:
         """The learning rate: up step by step while GR_T is low, down where it is high."""
@@ -295,7 +303,7 @@ class Policy(Moves):
             lr = self._config.lr / (30.0 if s.hurt else 6.0)
             return self._restart(lr, self._config.batch_size, "started too high: again, from below", evidence)
         if gr_t / reach > high:
-            return self._plateau() or self._too_high(gr_t, evidence)
+            return self._plateau() or self._too_high(reading, gr_t, evidence)
         unseen = _known(reading.gr_s_error) and (reading.gr_s or 0.0) + self._z * (reading.gr_s_error or 0.0) > 1.0
         if s.age >= self.grace and self._learned() and not unseen:
             s.found = True
@@ -330,15 +338,16 @@ class Policy(Moves):
         evidence = Evidence("behind", s.step, "loss", now, (then - margin, then + margin))
         return self._move(lr, old.batch_size, "an earlier trial was further at equal samples", evidence)
 
-    def _too_high(self, gr_t: float, evidence: Evidence) -> Decision:
+    def _too_high(self, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
         s, old, high = self._state, self._config, self.target.gr_t_zone[1]
-        overshot = not s.found and gr_t > 1.5 * high and s.age >= 20
+        overshot = not s.found and gr_t > 1.5 * high and s.age >= 20 and not _jumps(reading)
         s.found = s.found or (s.age >= self.grace and self._learned())
-        if overshot or self._stalled():
-            factor = max(min((self.target.gr_t / gr_t) ** 0.5, 0.7), 1.0 / self.max_lr_factor)
+        factor = max(min((self.target.gr_t / gr_t) ** 0.5, 0.7), 1.0 / self.max_lr_factor)
+        if overshot:
             self._cap(old.lr)
             return self._move(old.lr * factor, old.batch_size, "the learning rate is too high", evidence)
-        return Continue("above the zone, but the loss falls", evidence)
+        stalled = self._stall(reading, old.lr * factor, old.batch_size, "the learning rate is too high", evidence)
+        return stalled or Continue("above the zone, but the loss falls", evidence)
 
     def _plateau(self) -> Decision | None:
         """Nothing learned, nothing hurt, and noise alone reads GR_T 19 at any learning rate: by the loss, up.
@@ -375,16 +384,59 @@ class Policy(Moves):
         lr = old.lr / min(3.0, self.max_lr_factor)
         return self._move(lr, old.batch_size, "the plateau is left: one move back", evidence)
 
-    def _stalled(self) -> bool:
-        """The loss has not fallen over the last 3/10 of all samples, all of it under this configuration."""
-        s, losses = self._state, self._state.losses
+    def _stall(self, reading: Reading, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision | None:
+        """Against a loss that has not fallen over the last 3/10 of all samples, all of it under this configuration.
+
+        With less noise, at the configuration given, or with a higher learning rate: where less noise has been of no
+        use, or nothing is known yet and a GR_T that jumps by its own size cannot tell.
+        """
+        s, old, losses = self._state, self._config, self._state.losses
         since = 0.7 * s.samples
         blocks = losses.blocks(since) // 2 * 2
         level, fall = losses.level(blocks, since), losses.fall(blocks, since)
         if since < s.start or blocks < 20 or level is None or fall is None:
-            return False
+            return None
         error = losses.error(blocks // 2)
-        return error < 0.03 * abs(level) and fall < 1.4 * error
+        if error > 0.03 * abs(level) or fall > 1.4 * error:
+            return None
+        higher = self._below(2.0 * old.lr, old.batch_size)
+        if (_jumps(reading) if s.noiseless is None else s.noiseless) and higher > 1.15 * old.lr:
+            lr, batch, reason = higher, old.batch_size, "the loss has stalled, and not for noise"
+            evidence = Evidence("stall", s.step, "loss", level)
+        decision = self._move(lr, batch, reason, evidence)
+        s.test = [old.lr, old.batch_size, level, losses.error(blocks)] if isinstance(decision, Retune) else None
+        return decision
+
+    def _answer(self) -> Decision | None:
+        """What a move against a stalled loss has done to it."""
+        s, old, losses = self._state, self._config, self._state.losses
+        if s.test is None:
+            return None
+        lr, batch, level, before = s.test
+        blocks = losses.blocks(s.start) // 2  # the newer half: at first the change itself shows
+        now, error = losses.level(blocks, s.start), math.hypot(losses.error(max(blocks, 1)), before)
+        unsure = error > 0.015 * abs(level) and s.samples < 1.3 * s.start
+        if now is None or blocks < 4 or unsure:
+            return Continue("a stalled loss was met with this configuration: waiting", Evidence("stall", s.step))
+        s.test, margin = None, max(2.0 * error, 0.01 * abs(level))
+        evidence = Evidence("stall", s.step, "loss", now, (level - margin, level + margin))
+        if old.lr > lr:
+            s.noiseless = now < level + margin
+            if s.noiseless:
+                s.raised = False  # no longer in question
+                return None
+            self._cap(old.lr)
+            return self._move(lr, batch, "the loss is worse than before the learning rate was raised", evidence)
+        s.noiseless = now >= level - margin
+        if not s.noiseless:
+            if old.lr < lr:
+                self._cap(lr)
+            return None
+        higher = self._below(2.0 * lr, batch)
+        reason = "less noise has not lowered the loss, so a higher learning rate may"
+        decision = self._move(higher, batch, reason, evidence)
+        s.test = [lr, batch, level, before] if isinstance(decision, Retune) and higher > lr else None
+        return decision
 
 
 def full_grown(gr_t: float, settled: float) -> float:
@@ -398,6 +450,11 @@ def full_grown(gr_t: float, settled: float) -> float:
         return gr_t / settled
     signal = (young - gr_t) / (young * max(gr_t - 1.0, 1e-9))
     return (1.0 + signal) / (signal + 1.0 / white)
+
+
+def _jumps(reading: Reading) -> bool:
+    """GR_T's error is about its own size: it says little of the learning rate, and nothing of noise."""
+    return _known(reading.gr_t_error) and (reading.gr_t_error or 0.0) > 0.7 * (reading.gr_t or 0.0)
 
 
 def _known(value: float | None) -> bool:

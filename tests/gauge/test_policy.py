@@ -282,6 +282,76 @@ STARTS = 600
 PROGRESS = 3.0
 
 
+# --- a loss that stalls ----------------------------------------------------------------------------------------------
+
+
+def stalled(loss_at, *, gr_t=34.0, gr_t_error=4.0, config=CONFIG, checks=400):
+    """Moves of a training on a loss that depends on nothing but the configuration; GR_T leaves its zone at step 60.
+
+    Untrained weights are at 2.0, of which a factor e goes every 5 steps; 1 % of noise from step to step.
+    """
+    policy, rng = Policy(), random.Random(0)
+    moves = []
+    policy.observe(None, config, loss=2.0)
+    for step in range(1, 5 * checks + 1):
+        reading = None
+        if step % 5 == 0:
+            high = {} if step <= 60 else {"gr_t": gr_t, "gr_t_error": gr_t_error}
+            reading = replace(READING, step=step, **high)
+        level = loss_at(config) + 2.0 * math.exp(-step / 5)
+        decision = policy.observe(reading, config, loss=level * (1.0 + 0.01 * rng.gauss(0.0, 1.0)))
+        if isinstance(decision, Retune):
+            moves.append(decision)
+            config = decision.config
+            if len(moves) == 4:
+                break
+    return moves
+
+
+def test_a_stall_for_noise_is_met_by_a_lower_learning_rate_that_stays():
+    """Half the learning rate, half the excess: going down was right, and is not taken back."""
+    moves = stalled(lambda config: 0.5 + 500.0 * config.lr)
+    assert len(moves) >= 2
+    rates = [CONFIG.lr, *(move.config.lr for move in moves)]
+    assert all(after < before for before, after in pairwise(rates))
+    assert all(move.reuse and not move.rollback for move in moves)
+
+
+def test_a_stall_that_less_noise_does_not_end_is_met_by_a_higher_learning_rate():
+    """The same loss at every learning rate below 3.5e-3, and a lower one there."""
+    down, up, on, *_ = stalled(lambda config: 1.0 if config.lr < 3.5e-3 else 0.5)
+    assert down.config.lr < CONFIG.lr
+    assert up.config.lr == pytest.approx(2.0 * CONFIG.lr)
+    assert "less noise" in up.reason
+    assert up.config.batch_size == CONFIG.batch_size
+    assert on.config.lr == pytest.approx(4.0 * CONFIG.lr)
+
+
+def test_a_learning_rate_raised_against_a_stall_goes_back_where_the_loss_rises():
+    """5 % worse above 1.5e-3, never better: down, up, back, and not up again."""
+    moves = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05)
+    down, up, back, *rest = moves
+    assert down.config.lr < CONFIG.lr < up.config.lr
+    assert back.config.lr == pytest.approx(CONFIG.lr)
+    assert back.evidence.value > back.evidence.interval[1]
+    assert back.reuse
+    assert not back.rollback, "a small loss is no reason to throw samples away"
+    assert all(move.config.lr <= CONFIG.lr * 1.001 for move in rest)
+
+
+def test_where_gr_t_jumps_by_its_own_size_the_first_answer_to_a_stall_is_a_higher_learning_rate():
+    up, *_ = stalled(lambda config: 1.0, gr_t=300.0, gr_t_error=300.0)
+    assert up.config.lr == pytest.approx(2.0 * CONFIG.lr)
+    assert up.evidence.rule == "stall"
+    down, *_ = stalled(lambda config: 1.0, gr_t=34.0, gr_t_error=4.0)
+    assert down.config.lr < CONFIG.lr
+
+
+def test_nothing_moves_while_the_answer_to_a_stall_is_awaited():
+    first, second, *_ = stalled(lambda config: 1.0)
+    assert second.evidence.step - first.evidence.step >= 40
+
+
 @cache
 def journeys() -> tuple[tuple[World, Outcome, float], ...]:
     """Random worlds and starts, log-uniform over lr 1e-5..1 and batch 8..512, until the excess loss is e^-3."""
