@@ -210,7 +210,7 @@ class Policy(Moves):
         known = max(first, s.saved[3]) if s.saved else first
         evidence = Evidence("loss", s.step, "loss", block, (known - 3.0 * noise, known + 3.0 * noise))
         recent = losses.level(4, s.start)
-        # A learning rate raised against a stall may shake the loss, and is judged when that is over; not where it doubles.
+        # A learning rate raised against a stall may shake the loss: judged when that is over, unless it doubles.
         doubled = s.test is not None and recent is not None and recent > s.test[2] + abs(s.test[2])
         if block > known + 1.5 * scale + 1e-12 or doubled:
             return self._fail("the loss exploded", replace(evidence, rule="explosion"))
