@@ -28,12 +28,13 @@ class Plan:
 
     rows      int64 [chunks, 4]: (segment, offset, length, state offset). The offset counts from the segment's first
               element, or from the flat buffer's; the state offset counts visited elements, so `ema` and `previous`
-              are packed: flat float32 tensors of `numel` elements.
+              are packed: flat float32 tensors of `states` elements.
     segments  number of segments: the bucket's, visited or not; of a sample with replicates or certain blocks, one for
               each part of a tensor, in the order of the tensors
     tensor    int64 [segments], the tensor of the bucket that a segment is (part) of
     stratum   int64 [segments], the same for parts that are samples of the same blocks; see `sampling.Replicated`
     numel     visited elements
+    states    elements of `ema` and `previous`: `numel`, and with `align` the gaps behind segments of odd length
     visited   int64 [segments], visited elements of each segment
     scale     float64 [segments], what a sum over the visited elements is multiplied by to estimate the sum over the
               whole segment (Horvitz-Thompson); 0 where nothing is visited. Where a tensor is in parts, the products of
@@ -52,6 +53,7 @@ class Plan:
         self.bucket = bucket.repeated(self.tensor) if self.in_parts else bucket
         self.flat = bucket.flat
         self.numel = int(rows[:, 2].sum())
+        self.states = int((rows[:, 2] + rows[:, 3]).max(initial=0))
         self.visited = np.bincount(rows[:, 0], weights=rows[:, 2], minlength=self.segments).astype(np.int64)
         population = bucket.sizes if choice is None else choice.population
         visited = np.bincount(self.stratum, weights=self.visited)[self.stratum]
@@ -61,6 +63,16 @@ class Plan:
         self.rows = torch.from_numpy(rows).to(bucket.device)
         self.checked: dict[str, tuple[Tensor, ...]] = {}  # streams that an op has found in order, for `ops`
         self.stream_sizes = [bucket.whole] if bucket.flat else self.bucket.sizes
+
+    def packed(self, state: Tensor) -> list[Tensor]:
+        """Views of `ema` or `previous` that hold the visited elements and leave out the gaps between them."""
+        if not len(self.rows):
+            return [state]
+        begin = self.rows[:, 3].cpu()
+        end = begin + self.rows[:, 2].cpu()
+        cuts = (begin[1:] != end[:-1]).nonzero().flatten().tolist()
+        firsts, lasts = [0, *(i + 1 for i in cuts)], [*cuts, -1]
+        return [state[int(begin[i]) : int(end[j])] for i, j in zip(firsts, lasts, strict=True)]
 
     def spread(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The bucket's tensors as an op wants them, one a segment: each once for every part of it.
@@ -109,22 +121,29 @@ class Bucket:
         skip: Iterable[int] = (),
         replicates: int = 0,
         certain: Sequence[npt.NDArray[np.int64]] | None = None,
+        align: int = 1,
     ) -> Plan:
         """The chunks to visit: every element, or about `sample` of them, without the segments in `skip`.
 
         replicates  0, or about how many samples within the sample to tell apart, for standard errors
         certain     blocks to visit in any case, from `heavy_blocks` with the same `sample`
+        align       state offsets are multiples of it. With 8 one tensor of odd length does not push the states of all
+                    that follow off the alignment that GPU kernels need for wide loads; see `Plan.states`
 
-        With either, a plan has a segment for each part of a tensor, and an op is given `plan.spread(tensors)`.
+        With replicates or certain blocks, a plan has a segment for each part of a tensor, and an op is given
+        `plan.spread(tensors)`.
 
-        Raises ValueError if sample < 1, replicates < 0, a number in `skip` is not a segment or `certain` does not fit.
+        Raises ValueError if sample < 1, replicates < 0, align < 1, a number in `skip` is not a segment or `certain`
+        does not fit.
         """
+        if align < 1:
+            raise ValueError(f"align is {align}; it counts elements and must be at least 1")
         choice = self._choice(sample, seed, replicates, certain)
-        return Plan(self, self._rows(choice, skip), choice)
+        return Plan(self, self._rows(choice, skip, align), choice)
 
     def plan_rows(self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = ()) -> npt.NDArray[np.int64]:
         """The rows of `plan`, on the host."""
-        return self._rows(self._choice(sample, seed, 0, None), skip)
+        return self._rows(self._choice(sample, seed, 0, None), skip, 1)
 
     @torch.no_grad()
     def heavy_blocks(self, tensors: Sequence[Tensor], sample: int) -> list[npt.NDArray[np.int64]]:
@@ -158,7 +177,7 @@ class Bucket:
             return None
         return choose(self.sizes, sample, seed, replicates, certain)
 
-    def _rows(self, choice: Choice | None, skip: Iterable[int]) -> npt.NDArray[np.int64]:
+    def _rows(self, choice: Choice | None, skip: Iterable[int], align: int) -> npt.NDArray[np.int64]:
         skipped = frozenset(skip)
         if not skipped <= set(range(len(self.sizes))):
             raise ValueError(f"skip is {sorted(skipped)}; it must name segments 0 to {len(self.sizes) - 1}")
@@ -169,7 +188,8 @@ class Bucket:
             parts = [(i, joined(taken, self.sizes[i])) for i, taken in zip(tensors, choice.blocks, strict=True)]
         chunks = [_chunks(k, self.offsets[i], runs) for k, (i, runs) in enumerate(parts) if i not in skipped]
         rows = np.concatenate([np.empty((0, 4), dtype=np.int64), *chunks])
-        rows[:, 3] = np.cumsum(rows[:, 2]) - rows[:, 2]
+        room = -(-rows[:, 2] // align) * align
+        rows[:, 3] = np.cumsum(room) - room
         return rows
 
     def repeated(self, tensor: npt.NDArray[np.int64]) -> Bucket:

@@ -60,9 +60,9 @@ class FlatBucket:
         )
 
     @property
-    def missing(self) -> frozenset[int]:
+    def missing(self) -> tuple[int, ...]:
         """The segments that had no gradient at the last `attach`."""
-        return frozenset(i for i, grad in enumerate(self._attached) if grad is None)
+        return tuple([i for i, grad in enumerate(self._attached) if grad is None])
 
     def movable(self) -> bool:
         """True if every parameter still has the dtype and device of the buffer, so that `attach` can take it back."""

@@ -15,9 +15,10 @@ A non-finite element (NaN, infinite or beyond +-1e16 after inv_scale) is counted
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ _library.define(
     "measure_(Tensor[] grads, Tensor rows, int segments, Tensor(a!)? ema, Tensor(b!)? previous, float beta, "
     "Tensor? inv_scale, str? backend=None) -> Tensor"
 )
+# Without states nothing is changed, and a compiler wants to hear it from the schema.
+_library.define("measure(Tensor[] grads, Tensor rows, int segments, Tensor? inv_scale, str? backend=None) -> Tensor")
 _library.define(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor rows, "
     "int segments, Tensor step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
@@ -77,6 +80,10 @@ def _measure(grads, rows, segments, ema, previous, beta, inv_scale, backend=None
     return _backend(backend, rows.device).measure_(grads, rows, segments, ema, previous, beta, inv_scale)
 
 
+def _measure_only(grads, rows, segments, inv_scale, backend=None):  # type: ignore[no-untyped-def]
+    return _measure(grads, rows, segments, None, None, 0.5, inv_scale, backend)
+
+
 def _adamw(*args, backend=None):  # type: ignore[no-untyped-def]
     if len(args) == 23:
         args, backend = args[:22], args[22]
@@ -84,11 +91,17 @@ def _adamw(*args, backend=None):  # type: ignore[no-untyped-def]
 
 
 _library.impl("measure_", _measure, "CompositeExplicitAutograd")
+_library.impl("measure", _measure_only, "CompositeExplicitAutograd")
 _library.impl("adamw_", _adamw, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("grgauge::measure_", lib=_library)
 def _(grads, rows, segments, ema, previous, beta, inv_scale, backend=None):  # type: ignore[no-untyped-def]
+    return rows.new_empty((segments, len(STATS)), dtype=torch.float64)
+
+
+@torch.library.register_fake("grgauge::measure", lib=_library)
+def _(grads, rows, segments, inv_scale, backend=None):  # type: ignore[no-untyped-def]
     return rows.new_empty((segments, len(STATS)), dtype=torch.float64)
 
 
@@ -112,8 +125,8 @@ def measure_(
 
     grads      one dense tensor a segment, or for a flat plan the one flat buffer; float32, bfloat16 or float16
     plan       the chunks to visit, from `Bucket.plan`
-    ema        float32 [plan.numel], m <- beta m + (1 - beta) g, in place
-    previous   float32 [plan.numel], the gradient of the last call, replaced in place
+    ema        float32 [plan.states], m <- beta m + (1 - beta) g, in place
+    previous   float32 [plan.states], the gradient of the last call, replaced in place
     beta       smoothing factor of `ema`, in (0, 1)
     inv_scale  float32 [1] or [] on the device: g = grad * inv_scale
     backend    a name from `backends()`, or None for the best one of the device
@@ -128,6 +141,8 @@ def measure_(
     if inv_scale is not None:
         _check_scalar("inv_scale", inv_scale, plan)
     args = (grads, plan.rows, plan.segments, ema, previous, beta, inv_scale)
+    if _traced() and ema is None and previous is None:
+        return torch.ops.grgauge.measure.default(grads, plan.rows, plan.segments, inv_scale, backend)
     if _traced():
         return torch.ops.grgauge.measure_.default(*args, backend)
     try:
@@ -177,6 +192,58 @@ def adamw_(
 
     Returns float64 [segments, 6] as `measure_` does. Raises like `measure_`, before anything is changed.
     """
+    return prepare_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        plan,
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        ema=ema,
+        previous=previous,
+        beta=beta,
+        inv_scale=inv_scale,
+        found_inf=found_inf,
+        clip=clip,
+        zero_grad=zero_grad,
+        maximize=maximize,
+        sums=sums,
+        backend=backend,
+    )()
+
+
+def prepare_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    plan: Plan,
+    *,
+    step: Tensor | int,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema: Tensor | None = None,
+    previous: Tensor | None = None,
+    beta: float = 0.9,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    zero_grad: bool = False,
+    maximize: bool = False,
+    sums: bool = True,
+    backend: str | None = None,
+) -> Callable[[], Tensor]:
+    """`adamw_` up to the point where something changes: checks everything and returns the call that does the rest.
+
+    For a step over several buckets, which must not stop halfway for an argument of the last one. Between the two,
+    `step` may still count on.
+    """
     _check_streams(plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _check_states(plan, ema, previous, beta)
     for name, value in (("inv_scale", inv_scale), ("found_inf", found_inf), ("clip", clip)):
@@ -220,14 +287,23 @@ def adamw_(
         sums,
     )
     if _traced():
-        with torch.no_grad():
-            return torch.ops.grgauge.adamw_.default(*args, backend)
+        return functools.partial(_dispatched, args, backend)
+    return functools.partial(_update, _backend(backend, plan.rows.device), args)
+
+
+@torch.no_grad()
+def _dispatched(args: tuple[Any, ...], backend: str | None) -> Tensor:
+    stats: Tensor = torch.ops.grgauge.adamw_.default(*args, backend)
+    return stats
+
+
+def _update(module: ModuleType, args: tuple[Any, ...]) -> Tensor:
     try:
-        stats = _backend(backend, plan.rows.device).adamw_(*args)
+        stats: Tensor = module.adamw_(*args)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"adamw_: {error}") from error
     # What the dispatcher would have done: a backward through a graph that saved an old value must fail, not go wrong.
-    torch.autograd.graph.increment_version(params)
+    torch.autograd.graph.increment_version(args[0])
     return stats
 
 
@@ -304,9 +380,9 @@ def _check_states(plan: Plan, ema: Tensor | None, previous: Tensor | None, beta:
     for name, state in (("ema", ema), ("previous", previous)):
         if state is None:
             continue
-        if state.dtype != torch.float32 or state.shape != (plan.numel,) or not state.is_contiguous():
+        if state.dtype != torch.float32 or state.shape != (plan.states,) or not state.is_contiguous():
             raise ValueError(
-                f"{name} is {state.dtype} {tuple(state.shape)}; it must be contiguous float32 [{plan.numel}]"
+                f"{name} is {state.dtype} {tuple(state.shape)}; it must be contiguous float32 [{plan.states}]"
             )
         if state.device != plan.rows.device:
             raise ValueError(f"{name} is on {state.device}, the plan on {plan.rows.device}")

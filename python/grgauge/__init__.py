@@ -10,7 +10,7 @@ verdict  what a reading says about learning rate and batch size
 """
 
 from . import estimators, invariance, smoothing, theory
-from .advisor import Advisor, Autopilot, TrainingError
+from .advisor import Advisor, Autopilot
 from .gauge import Gauge
 from .grades import GradES, MatrixReading
 from .optim import AdamW
@@ -18,6 +18,7 @@ from .policy import Config, Continue, Retune, Stop, Target, verdict
 from .reading import Reading, SegmentReading
 from .search import Policy
 from .tuner import Result, Trial, tune
+from .world import TrainingError
 
 __all__ = [
     "AdamW",

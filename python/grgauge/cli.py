@@ -319,17 +319,18 @@ def _tune(options: argparse.Namespace) -> int:
         raise CommandError("--budget is missing: how many samples to train on in all, such as 200000samples")
     if not _installed("optuna"):
         raise CommandError(f"trials are stored with optuna: {INSTALL_TUNE}")
-    live = not options.json and _on_terminal()
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts, who print alike otherwise
+    live = first and not options.json and _on_terminal()
     if live and not _installed("rich"):
         raise CommandError(f"the live table needs rich: {INSTALL_TUNE} (or pass --json)")
 
     import optuna
 
     from . import progress
-    from .advisor import TrainingError
     from .policy import Config
     from .search import Policy
     from .tuner import tune
+    from .world import TrainingError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     train: Callable[[Trial], Any]
@@ -363,9 +364,9 @@ def _tune(options: argparse.Namespace) -> int:
         return 1
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if options.json:
+    if first and options.json:
         _print_json(_document(result, options.storage, options.study or name, budget))
-    else:
+    elif first:
         print(result.verdict)
     return 0
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .estimators import Groups, gr_s, two_batch
-from .optim import AdamW, BucketSums, is_sharded
+from .optim import AdamW, BucketSums, is_sharded, unwrapped
 from .reading import Reading
 from .smoothing import CriticalPeriod, Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample
@@ -34,7 +34,7 @@ class Gauge:
     moment is the m of GR_T. On any other optimizer the gauge keeps an EMA of its own over `sample` parameters, updated
     before each step through the optimizer's step hooks. Gradients are read as the optimizer gets them.
 
-    optimizer   any torch optimizer with dense gradients
+    optimizer   any torch optimizer with dense gradients, or Lightning's or accelerate's wrapper around one
     batch_size  global batch in samples; set it anew when the batch changes
     groups      micro-batches in a step; None: as many as `micro_step` was called for. GR_S needs at least two. With
                 `attach`, ranks are the groups
@@ -44,6 +44,8 @@ class Gauge:
                 belongs to 0.9
     seed        which parameters a sample takes
     scaler      the torch.amp.GradScaler in use, so that groups are read at their true scale
+
+    Steps captured in a CUDA graph are read as well: see `replayed`.
 
     Raises ValueError for a number out of range.
     """
@@ -67,6 +69,7 @@ class Gauge:
             raise ValueError(f"groups is {groups}; it must be at least 1, or None to count calls of micro_step()")
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
+        optimizer = unwrapped(optimizer)
         self.batch_size, self.groups, self.every, self.beta = batch_size, groups, every, beta
         self._optimizer, self._scaler = optimizer, scaler if scaler is not None and scaler.is_enabled() else None
         self._attempt: object = None
@@ -77,6 +80,7 @@ class Gauge:
         self._rows: list[list[BucketSums]] = []
         self._groups: list[list[BucketSums]] = []
         self._shares: list[tuple[float | None, float | None]] = []
+        self._captured: list[BucketSums] = []
         self._ranks: Ranks | None = None
         self._in_flight: list[_Window] = []
         self._newest: Reading | None = None
@@ -123,8 +127,13 @@ class Gauge:
         groups (`attach`) it is needed only for what it says of this rank: samples and weights of its micro-batches add
         up.
 
-        Raises ValueError for a size or weight that is not above 0.
+        Raises ValueError for a size or weight that is not above 0, RuntimeError while a CUDA graph is captured.
         """
+        if _capturing():
+            raise RuntimeError(
+                "micro_step() cannot be captured in a CUDA graph: capture one micro-batch's backward, and call "
+                "micro_step() behind each replay"
+            )
         for name, value in (("samples", samples), ("weight", weight)):
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, or None")
@@ -161,6 +170,19 @@ class Gauge:
             self.micro_step(samples, samples)
             total = total.to(loss.device) + loss.detach()
         return total
+
+    def replayed(self) -> None:
+        """Call behind each replay of a CUDA graph that a step of the optimizer was captured in, on the same stream.
+
+        A replay runs no Python, and its sums lie in memory that the next one writes to: here they are copied, and then
+        count as those of any other step. The captured step itself, which is not run, does not count. With several such
+        graphs it is the last captured whose sums are taken.
+
+        Raises RuntimeError if none was captured.
+        """
+        if not self._captured:
+            raise RuntimeError("replayed() is for steps in a CUDA graph, and this gauge has seen none captured")
+        self._take([replace(bucket, stats=bucket.stats.clone()) for bucket in self._captured])
 
     def reading(self) -> Reading | None:
         """The newest finished reading, None before the first. Never waits for the device.
@@ -271,6 +293,15 @@ class Gauge:
         self._newest = None
 
     def _on_step(self, sums: list[BucketSums]) -> None:
+        if not _capturing():
+            self._take(sums)
+        elif self._ranks is None:
+            self._captured = sums
+        else:
+            raise RuntimeError("a step cannot be captured in a CUDA graph while its gauge is attached to a module")
+
+    def _take(self, sums: list[BucketSums]) -> None:
+        """Take in the sums of a step."""
         # A source makes all its lists of parameters anew when one changes, so the first tells of all.
         if len(sums) != len(self._layout) or (sums and sums[0].params is not self._layout[0]):
             self._lay_out([bucket.params for bucket in sums])
@@ -342,9 +373,25 @@ class Gauge:
             spatial = self._micro_batches(window, groups)
             if not isinstance(spatial, str):
                 sampled = self._sample_error.of_groups(groups, spatial.weights)
-        self._newest = self._read(window, rows, ages, spatial, sampled)
+        self._newest = self._read(window, rows, ages, spatial, sampled, self._changed(window, rows, groups))
 
-    def _read(self, window: _Window, rows: Rows, ages: Ages, groups: Groups | str, sampled: float) -> Reading:
+    def _changed(self, window: _Window, rows: Rows, groups: Rows) -> str | None:
+        """Says so if the step's gradient was another one than that behind its last micro-batch."""
+        if not groups.totals or len(window.rows) - 1 not in rows.taken:
+            return None
+        if self._sample.share < 1.0 and isinstance(self._source, FusedSource):
+            return None  # a sample's norm and the whole's
+        before, after = (math.sqrt(sums.totals[-1][GRAD_SQ]) for sums in (groups, rows))
+        if math.isclose(before, after, rel_tol=1e-3):
+            return None
+        return (
+            "GR_T and grad_norm are of a gradient that was changed behind the last micro_step(), as clipping does: "
+            f"its norm was {before:.3g} before, {after:.3g} after"
+        )
+
+    def _read(
+        self, window: _Window, rows: Rows, ages: Ages, groups: Groups | str, sampled: float, changed: str | None
+    ) -> Reading:
         newest = rows.taken[-1] if rows.taken else None
         gr_t, temporal_problem = self._read_temporal(window, rows, newest, ages)
         problem = groups if isinstance(groups, str) else None
@@ -373,7 +420,7 @@ class Gauge:
             nonfinite=int(sum(rows.totals[i][NONFINITE] for i in rows.taken)),
             critical=not self._critical.over,
             ready=temporal_problem is None and (spatial is None or spatial.ready),
-            notes=tuple(note for note in (temporal_problem, problem) if note is not None),
+            notes=tuple(note for note in (temporal_problem, problem, changed) if note is not None),
             table=self._table.snapshot(None if newest is None else rows.sums[newest]),
         )
 
@@ -426,6 +473,11 @@ class _Window:
     step: int
     batch_size: float
     problem: str | None
+
+
+def _capturing() -> bool:
+    """True while what the current stream is given goes into a CUDA graph instead of being run."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grgauge_kernels as gk
 
+from .optim import unwrapped
 from .transfer import Transfer
 
 Metric = Literal["delta", "norm"]
@@ -137,6 +138,7 @@ class GradES:
         for name, word, words in (("metric", metric, get_args(Metric)), ("scale", scale, get_args(Scale))):
             if word not in words:
                 raise ValueError(f"{name} is {word!r}; it must be one of {', '.join(map(repr, words))}")
+        optimizer = unwrapped(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 "optimizer is LBFGS; it must be one that leaves parameters without a gradient where they are"

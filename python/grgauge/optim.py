@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import profiler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import grgauge_kernels as gk
 from grgauge_kernels.bucket import DTYPES, require_dense
 from grgauge_kernels.flat import FlatBucket, require_disjoint
+from grgauge_kernels.ops import prepare_adamw_
 
 ParamGroup = dict[str, Any]
+
+# How the sums of a compiled step reach its observers: an op that the compiler neither looks into nor drops nor moves.
+_library = torch.library.Library("grgauge", "FRAGMENT")
+_library.define("observed(Tensor[] stats, Tensor[] steps, SymInt optimizer) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+_compiled: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 @dataclass
@@ -52,6 +62,10 @@ class AdamW(torch.optim.Optimizer):
 
     Parameters are float32, bfloat16 or float16; both moments are float32 whatever the parameters are. state_dict is
     torch.optim.AdamW's, in both directions, mid-training.
+
+    Under torch.compile the step is part of the graph, an op a bucket, and what observes it is told as ever. The graph
+    ends at a step with a closure, hooks, clipping, flat=True or sharded parameters, and goes on behind it. A number as
+    lr is compiled in: let a scheduler change a tensor.
 
     Raises ValueError for `amsgrad=True` or `differentiable=True` (not supported), for numbers out of range and for
     parameters with gaps between their elements; TypeError for other parameter dtypes.
@@ -106,6 +120,7 @@ class AdamW(torch.optim.Optimizer):
         self._observers: list[Callable[[list[BucketSums]], None]] = []
         self._parts: list[_Part] | None = None
         self._outsiders: list[Tensor] = []  # frozen parameters without a gradient
+        self._number = next(_numbers)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -132,10 +147,15 @@ class AdamW(torch.optim.Optimizer):
 
         Raises RuntimeError for sparse gradients, before anything is changed.
         """
-        if torch.compiler.is_compiling():
-            return self._untraced_step(closure)
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or profiler._is_profiler_enabled:
+        hooked = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        if torch.compiler.is_compiling():
+            plain = not (hooked or closure or self._flat or self.max_grad_norm)
+            if not plain:
+                return self._untraced_step(closure)
+            self._traced_step()
+            return None
+        if hooked or profiler._is_profiler_enabled:
             return self._hooked_step(closure)
         return self._step(closure)
 
@@ -148,24 +168,38 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts = self._ready_parts()
-        inv_scale = _reciprocal(getattr(self, "grad_scale", None))
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        clip = None
-        if self.max_grad_norm is not None and parts:
-            clip, found_inf = self._clip(self.max_grad_norm, parts, inv_scale, found_inf)
-        sums = bool(self._observers)
-        seen = [part.step(inv_scale, found_inf, clip, sums, self._backend) for part in parts]
+        seen = self._update(self._collect())
         for observer in self._observers:
             observer(seen)
         return loss
 
+    def _update(self, grads: list[Gradients]) -> list[BucketSums]:
+        """One update of every part. What is refused, in whichever part, is refused before the first is changed."""
+        parts = self._parts or []
+        inv_scale = _reciprocal(getattr(self, "grad_scale", None))
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        clip = None
+        if self.max_grad_norm is not None and parts:
+            clip, found_inf = self._clip(self.max_grad_norm, parts, grads, inv_scale, found_inf)
+        sums = bool(self._observers)
+        updates = [
+            part.prepare(own, inv_scale, found_inf, clip, sums, self._backend)
+            for part, own in zip(parts, grads, strict=True)
+        ]
+        return [part.step(*update) for part, update in zip(parts, updates, strict=True)]
+
     def _clip(
-        self, max_norm: float, parts: list[_Part], inv_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        max_norm: float,
+        parts: list[_Part],
+        grads: list[Gradients],
+        inv_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The factor that brings the norm of all gradients down to max_norm, and found_inf with `skip_nonfinite`."""
         device = parts[0].steps.device
-        columns = torch.stack([part.measure(inv_scale, self._backend).sum(0).to(device) for part in parts]).sum(0)
+        sums = [part.measure(own, inv_scale, self._backend) for part, own in zip(parts, grads, strict=True)]
+        columns = torch.stack([stats.sum(0).to(device) for stats in sums]).sum(0)
         if parts[0].sharded:
             columns = _over_shards(columns, parts[0].params[0])
         broken = columns[gk.STATS.index("nonfinite")] > 0
@@ -174,8 +208,8 @@ class AdamW(torch.optim.Optimizer):
             norm = norm.where(~broken, torch.nan)
         elif broken:
             # The sums left something out: NaN, an infinity or a huge number, which clip_grad_norm_ tells apart.
-            grads = [p.grad for part in parts for p in part.params if p.grad is not None]
-            total = torch.nn.utils.get_total_norm(grads)
+            every = [p.grad for part in parts for p in part.params if p.grad is not None]
+            total = torch.nn.utils.get_total_norm(every)
             norm = getattr(total, "full_tensor", lambda: total)().double() * (1.0 if inv_scale is None else inv_scale)
         self.grad_norm = norm.float()
         if self.skip_nonfinite:
@@ -184,9 +218,31 @@ class AdamW(torch.optim.Optimizer):
         return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), found_inf
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
-    # As with torch's own optimizers, the graph of a compiled training function ends before the step and goes on behind
-    # it: which buckets there are is found out anew at every step, and one kernel call leaves nothing to fuse.
+    # A graph ends before such a step and goes on behind it: hooks and closures may do anything, no graph can tell if
+    # parameters and gradients still are in a flat buffer, and clipping leaves a tensor with the optimizer.
     _untraced_step = _disable_dynamo(_hooked_step)
+
+    def _traced_step(self) -> None:
+        """The step as part of a compiled function's graph: an op a bucket, and one for the observers."""
+        self._init_group()
+        parts = self._parts or []
+        for part in parts:
+            if part.sharded:
+                self._untraced_step(None)
+                return
+        with torch.no_grad():
+            seen = self._update([part.traced_grads() for part in parts])
+            if self._observers:
+                stats, steps = [bucket.stats for bucket in seen], [bucket.steps for bucket in seen]
+                torch.ops.grgauge.observed.default(stats, steps, self._number)
+
+    def _init_group(self) -> None:
+        """Whatever a trace cannot follow: torch's compiler runs the method of this name when it traces a step.
+
+        What it leaves behind is guarded: another set of gradients, say, is traced anew.
+        """
+        self._collect()
+        _compiled[self._number] = self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With flat=True gradients are zeroed in place, whatever `set_to_none` says: they stay views."""
@@ -220,20 +276,26 @@ class AdamW(torch.optim.Optimizer):
         for name, value in unset.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_observers", [])
+        self._number = next(_numbers)
         self._parts = None
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
 
-    def _ready_parts(self) -> list[_Part]:
-        """The parts, with this step's gradients in place."""
+    def _collect(self) -> list[Gradients]:
+        """This step's gradients of each part; the parts are made anew where they no longer fit."""
         current = self._parts is not None and self._parts_state is self.state and len(self.state) > 0
-        if not current or _any_grad(self._outsiders) or not all(part.collect() for part in self._parts or ()):
-            self._build_parts()
-        assert self._parts is not None
-        return self._parts
+        if not current or _any_grad(self._outsiders):
+            return self._build_parts()
+        collected = []
+        for part in self._parts or ():
+            grads = part.collect()
+            if grads is None:
+                return self._build_parts()
+            collected.append(grads)
+        return collected
 
-    def _build_parts(self) -> None:
+    def _build_parts(self) -> list[Gradients]:
         """Parts for every parameter that takes part in training, with the state they have so far."""
         if self._flat:
             params = [p for group in self.param_groups for p in group["params"]]
@@ -252,16 +314,24 @@ class AdamW(torch.optim.Optimizer):
                 else:
                     self._outsiders.append(p)
             parts += [_Part(group, params, self.state, self._flat) for params in alike.values()]
+        collected = []
         for part in parts:
-            if not part.collect():
+            grads = part.collect()
+            if grads is None:
                 raise TypeError("a gradient has another dtype or device than its parameter; AdamW needs them alike")
+            collected.append(grads)
         self._parts, self._parts_state = parts, self.state
+        return collected
+
+
+Gradients = Sequence[Tensor]
+"""Of one part, as its kernel call is given them. Nobody keeps them beyond the step: set to None, they are gone."""
 
 
 class _Part:
     """The parameters of one group that share a device and a dtype: one kernel call a step.
 
-    flat is None for loose tensors. `collect` must come before each `step`.
+    flat is None for loose tensors. `collect` must come before each step.
     """
 
     def __init__(self, group: ParamGroup, params: list[Tensor], state: dict[Tensor, Any], flat: bool) -> None:
@@ -273,7 +343,7 @@ class _Part:
         self.dtype, self.device = first.dtype, first.device
         self.flat = FlatBucket(params) if flat else None
         self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(self.own)
-        self.plans: dict[frozenset[int], tuple[gk.Plan, Tensor]] = {}
+        self.plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
 
         saved = [state.get(p) or {"step": 0.0} for p in params]
         self.steps = torch.tensor([float(s["step"]) for s in saved], device=first.device)
@@ -300,80 +370,93 @@ class _Part:
                 tensor.copy_(old)
         return self._stream([local(t) for t in tensors], flat), tensors
 
-    def collect(self) -> bool:
-        """Take up this step's gradients. False if the parameters have changed dtype or device: then build anew.
+    def collect(self) -> Gradients | None:
+        """This step's gradients. None if the parameters have changed dtype or device: then build anew.
 
         Raises RuntimeError for a sparse gradient.
         """
         if self.flat is not None:
             if not self.flat.intact():
                 if not self.flat.movable():
-                    return False
+                    return None
                 _say_taken_back(*self.flat.attach())
-            self.grad_stream = [self.flat.grad]
+            grads: list[Any] = [self.flat.grad]
             missing = self.flat.missing
         else:
             if self.sharded and any(
                 local(p).data_ptr() != o.data_ptr() for p, o in zip(self.params, self.own, strict=True)
             ):
-                return False
+                return None
             grads = list(map(_grad_of, self.params))
-            missing = frozenset([i for i, grad in enumerate(grads) if grad is None])
+            missing = tuple([i for i, grad in enumerate(grads) if grad is None])
             if self.sharded:
                 grads = [None if grad is None else local(grad) for grad in grads]
             for i in missing:
                 grads[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
             if {*map(_dtype_of, grads)} != {self.dtype} or {*map(_device_of, grads)} != {self.device}:
-                return False
+                return None
             if {*map(_layout_of, grads)} != {torch.strided}:
                 raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
             if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.own)):
                 grads = [_laid_out_like(p, g) for p, g in zip(self.own, grads, strict=True)]
-            self.grad_stream = grads
         if missing not in self.plans:
             plan = self.bucket.plan(skip=missing)
             present = torch.tensor([float(i not in missing) for i in range(len(self.params))])
             self.plans = {missing: (plan, present.to(self.steps.device))}
         self.plan, self.present = self.plans[missing]
-        return True
+        self.missing = missing
+        return grads
 
-    def measure(self, inv_scale: Tensor | None, backend: str | None) -> Tensor:
-        return gk.measure_(self.grad_stream, self.plan, inv_scale=_on(self.steps.device, inv_scale), backend=backend)
+    def traced_grads(self) -> Gradients:
+        """What `collect` returned, in a compiled graph: the gradients of the day."""
+        grads = [p.grad for p in self.params]
+        # Always true; it is here for the compiler, which sees that the plan rests on it and guards it.
+        assert self.missing == tuple([i for i, grad in enumerate(grads) if grad is None])
+        return [p if grad is None else _laid_out_like(p, grad) for p, grad in zip(self.own, grads, strict=True)]
 
-    def step(
+    def measure(self, grads: Gradients, inv_scale: Tensor | None, backend: str | None) -> Tensor:
+        return gk.measure_(grads, self.plan, inv_scale=_on(self.steps.device, inv_scale), backend=backend)
+
+    def prepare(
         self,
+        grads: Gradients,
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None,
         sums: bool,
         backend: str | None,
-    ) -> BucketSums:
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """All of an update but what changes something: the arguments of `step`."""
         group, device = self.group, self.steps.device
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != device:
             lr = float(lr)
         inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
         counted = self.present if found_inf is None else self.present * (1 - found_inf)
+        update = prepare_adamw_(
+            self.param_stream,
+            grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.plan,
+            step=self.steps,
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            inv_scale=inv_scale,
+            found_inf=found_inf,
+            clip=_on(device, clip),
+            maximize=group["maximize"],
+            sums=sums,
+            backend=backend,
+        )
+        return counted, update
+
+    def step(self, counted: Tensor, update: Callable[[], Tensor]) -> BucketSums:
         self.steps.add_(counted)
         try:
-            stats = gk.adamw_(
-                self.param_stream,
-                self.grad_stream,
-                self.exp_avgs,
-                self.exp_avg_sqs,
-                self.plan,
-                step=self.steps,
-                lr=lr,
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                inv_scale=inv_scale,
-                found_inf=found_inf,
-                clip=_on(device, clip),
-                maximize=group["maximize"],
-                sums=sums,
-                backend=backend,
-            )
+            stats = update()
         except BaseException:
             self.steps.sub_(counted)  # no update was made, so none may be counted
             raise
@@ -381,6 +464,13 @@ class _Part:
             # The op has told autograd that the buffer changed; the parameters count their versions for themselves.
             torch.autograd.graph.increment_version(self.params)
         return BucketSums(self.params, self.plan, stats, self.steps)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that steps inside the wrappers of Lightning, Fabric and accelerate, which have no step hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -465,3 +555,20 @@ def _check_params(params: list[Any]) -> None:
             require_dense(p, f"params[{i}]")
             if p.dtype not in DTYPES:
                 raise TypeError(f"params[{i}] has dtype {p.dtype}; it must be float32, bfloat16 or float16")
+
+
+def _observed(stats: list[Tensor], steps: list[Tensor], optimizer: int) -> None:
+    """Tell the observers of a compiled step's sums. Its memory is the graph's to reuse, so they get copies."""
+    own = _compiled[optimizer]
+    parts = own._parts or []
+    seen = [
+        BucketSums(part.params, part.plan, sums.clone(), count.clone())
+        for part, sums, count in zip(parts, stats, steps, strict=True)
+    ]
+    for observer in own._observers:
+        observer(seen)
+
+
+_library.impl("observed", _observed, "CompositeExplicitAutograd")
+torch.library.register_fake("grgauge::observed", lambda stats, steps, optimizer: None, lib=_library)
+_register_effectful_op(torch.ops.grgauge.observed.default, _EffectType.ORDERED)

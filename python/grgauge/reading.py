@@ -43,7 +43,7 @@ class Reading:
     nonfinite          non-finite gradient elements since the last reading
     critical           True in the critical learning period: the gradient norm is still on its way
     ready              True if every gauge that is available has seen enough to be acted on
-    notes              why something is missing or not ready, in words
+    notes              why something is missing or not ready, and what was read where that is not plain, in words
     table              makes `segments`
     """
 

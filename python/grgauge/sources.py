@@ -17,6 +17,9 @@ from .optim import AdamW, BucketSums, local
 
 OnStep = Callable[[list[BucketSums]], None]
 
+ALIGN = 8
+"""Elements: 32 bytes of a gauge's own states."""
+
 
 class FusedSource:
     """Sums of `grgauge.AdamW`'s step itself: its first moment is m, if its betas[0] is the gauge's beta."""
@@ -75,7 +78,7 @@ class OwnSource:
     def state_dict(self) -> dict[str, Any]:
         return {
             "kind": "own",
-            "emas": [ema.clone() for ema in self._emas],
+            "emas": [torch.cat(view) for view in self._packed()],
             "steps": [steps.clone() for steps in self._steps],
         }
 
@@ -87,16 +90,23 @@ class OwnSource:
         alike = [len(own) for own in steps] == [len(bucket.params) for bucket in self._sample.buckets()]
         if alike:
             self._allocate()
-        if not alike or [ema.shape for ema in emas] != [ema.shape for ema in self._emas]:
+        if not alike or [len(ema) for ema in emas] != [bucket.plan.numel for bucket in self._buckets]:
             raise ValueError("the state is of other parameters or of another sample than this gauge's")
-        for own, saved in zip((*self._emas, *self._steps), (*emas, *steps), strict=True):
+        for views, ema in zip(self._packed(), emas, strict=True):
+            for view, part in zip(views, ema.split([len(view) for view in views]), strict=True):
+                view.copy_(part)
+        for own, saved in zip(self._steps, steps, strict=True):
             own.copy_(saved)
+
+    def _packed(self) -> list[list[Tensor]]:
+        """The EMAs without the gaps that keep them aligned."""
+        return [bucket.plan.packed(ema) for bucket, ema in zip(self._buckets, self._emas, strict=True)]
 
     def _allocate(self) -> None:
         buckets = self._sample.buckets()
         if buckets is not self._buckets:
             self._buckets = buckets
-            self._emas = [torch.zeros(b.plan.numel, device=b.plan.rows.device) for b in buckets]
+            self._emas = [torch.zeros(b.plan.states, device=b.plan.rows.device) for b in buckets]
             self._steps = [torch.zeros(len(b.params), device=b.plan.rows.device) for b in buckets]
 
     # A closure computes the gradients inside the step, so they are read behind it; else before the optimizer sees them.
@@ -177,7 +187,7 @@ class Sample:
         """Sums of the gradients and of what they have grown by since the last call."""
         buckets = self.buckets()
         if not self._previous:
-            self._previous = [torch.zeros(b.plan.numel, device=b.plan.rows.device) for b in buckets]
+            self._previous = [torch.zeros(b.plan.states, device=b.plan.rows.device) for b in buckets]
         sums = []
         for bucket, previous in zip(buckets, self._previous, strict=True):
             scale = None if inv_scale is None else inv_scale.to(previous.device)
@@ -206,7 +216,7 @@ class _SampledBucket:
     def plan(self) -> gk.Plan:
         if self.certain is None:
             self.certain = self._bucket.heavy_blocks(self._grads(), self._sample)
-        return self._bucket.plan(self._sample, self._seed, replicates=REPLICATES, certain=self.certain)
+        return self._bucket.plan(self._sample, self._seed, replicates=REPLICATES, certain=self.certain, align=ALIGN)
 
     def grads(self) -> Sequence[Tensor]:
         """The gradients as the plan wants them; zeros for a parameter that has none."""

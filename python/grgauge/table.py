@@ -29,8 +29,8 @@ class Ages:
 
     def __init__(self, buckets: list[Array]) -> None:
         self.each = np.concatenate(buckets) if len(buckets) != 1 else buckets[0]
-        self.youngest = float(self.each.min(initial=math.inf))
-        self.oldest = float(self.each.max(initial=0.0))
+        ages = self.each.tolist()  # a few numbers, for which numpy's own minimum takes ten times as long
+        self.youngest, self.oldest = min(ages, default=math.inf), max(ages, default=0.0)
 
 
 class Rows:
@@ -73,7 +73,7 @@ class Rows:
             ]
             self.seen = np.array([np.concatenate(row) for row in visited])
         self.sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        self.totals = self.sums.sum(axis=1).tolist()
+        self.totals = np.add.reduce(self.sums, axis=1).tolist()
         self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
 
 
@@ -97,6 +97,8 @@ class SampleError:
 
     def fold(self, rows: Rows) -> None:
         """Take in steps."""
+        if not (rows.plans or self._grad_sq):
+            return
         if [len(v) for v in self._grad_sq] != [plan.segments for plan in rows.plans]:
             self._steps, self._grad_sq = 0, [np.zeros(plan.segments) for plan in rows.plans]
         for i in rows.taken if rows.plans else ():
@@ -106,6 +108,8 @@ class SampleError:
 
     def of_gr_t(self, rows: Rows, i: int, ages: Ages) -> float:
         """Standard error of GR_T at step i."""
+        if not rows.plans:
+            return 0.0
         columns, start = [], 0
         for v, part, plan in zip(self._grad_sq, rows.parts, rows.plans, strict=True):
             age = ages.each[start:][plan.tensor]

@@ -1,7 +1,8 @@
 """Trials that survive: an Optuna study for people to look at, and checkpoints to go on from.
 
 The checkpoint is what counts. It names the trial that is running and the one that ended last, so that the study can be
-brought up to date with it after a `kill -9` at any moment. One Optuna trial is a stretch at one configuration.
+brought up to date with it after a `kill -9` at any moment. One Optuna trial is a stretch at one configuration. Of
+several ranks the first alone writes either; all read the checkpoint.
 
 params      lr, batch_size, weight_decay (where the optimizer has one)
 value       final training loss, the mean of the last 20 steps. COMPLETE: its weights were carried on, or are the
@@ -16,17 +17,21 @@ import hashlib
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .advisor import frozen, thawed
 from .policy import Config, Decision, Retune, Stop
 from .reading import Reading
+from .training import frozen, thawed
+from .world import World
 
 if TYPE_CHECKING:
     import optuna
+
+Method = TypeVar("Method", bound=Callable[..., None])
 
 INSTALL = "pip install 'grgauge-kernels[tune]'"
 KEPT = 300
@@ -119,6 +124,17 @@ def words_of(decision: Decision) -> dict[str, Any]:
     return {"kind": kind, "rule": decision.evidence.rule, "evidence": evidence}
 
 
+def _by_rank_0(method: Method) -> Method:
+    """A method that does nothing on the other ranks."""
+
+    @wraps(method)
+    def only(self: Trials, *arguments: Any, **named: Any) -> None:
+        if self._world.rank == 0:
+            method(self, *arguments, **named)
+
+    return cast(Method, only)
+
+
 class Trials:
     """An Optuna study and a folder of checkpoints.
 
@@ -126,12 +142,25 @@ class Trials:
     name      of the study
     folder    for checkpoints; None: beside the SQLite file, else "grgauge.checkpoints" here
     settings  what a study must have been begun with to be continued
+    world     the ranks that train together; `study` is rank 0's alone
 
     Raises ImportError without Optuna; ValueError if the storage cannot be opened, if the study was begun with other
-    settings, or if it has trials but no checkpoint in the folder.
+    settings, or if it has trials but no checkpoint in the folder. Ranks other than 0 raise a TrainingError with it.
     """
 
-    def __init__(self, storage: str | Path, name: str, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        storage: str | Path,
+        name: str,
+        folder: str | Path | None,
+        settings: Mapping[str, Any],
+        world: World,
+    ) -> None:
+        self._world = world
+        self.folder = world.first(lambda: self._open(storage, name, folder, settings))
+
+    def _open(self, storage: str | Path, name: str, folder: str | Path | None, settings: Mapping[str, Any]) -> Path:
+        """Open the study, or make it; the folder of its checkpoints."""
         try:
             import optuna
         except ImportError as error:
@@ -158,17 +187,19 @@ class Trials:
                     f"{key} is {value}, but study {name!r} in {storage} was begun with {attributes[key]}; it must be "
                     "the same to go on, or study_name another one"
                 )
-        self.folder = Path(folder or "grgauge.checkpoints") / f"{_plain(name)}-{attributes['id']}"
+        path = Path(folder or "grgauge.checkpoints") / f"{_plain(name)}-{attributes['id']}"
         ended = [trial for trial in self._trials() if trial.state.name in ("COMPLETE", "PRUNED")]
-        if ended and not (self.folder / "last.pt").exists():
+        if ended and not (path / "last.pt").exists():
             raise ValueError(
-                f"study {name!r} in {storage} has trials, but {self.folder} has no checkpoint to go on from; "
+                f"study {name!r} in {storage} has trials, but {path} has no checkpoint to go on from; "
                 "checkpoint_dir must be the folder that it was begun with, or study_name another one"
             )
+        return path
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
+    @_by_rank_0
     def begin(self, segment: Segment, space: Mapping[str, tuple[float, float]]) -> None:
         """Give a segment its trial: the one that a killed process left running with these params, else a new one."""
         from optuna.distributions import FloatDistribution, IntDistribution
@@ -196,6 +227,7 @@ class Trials:
         )
         segment.number = self._trials()[-1].number
 
+    @_by_rank_0
     def write(self, segment: Segment) -> None:
         """Bring a segment's trial up to date, and end it if the segment has ended; one that has ended stays."""
         import optuna
@@ -214,6 +246,7 @@ class Trials:
         state = TrialState[segment.state] if complete or segment.state == "FAIL" else TrialState.PRUNED
         self.study.tell(trial.number, segment.loss if complete else None, state)
 
+    @_by_rank_0
     def note(self, **attributes: Any) -> None:
         """Set attributes of the study."""
         known = self.study.user_attrs
@@ -222,7 +255,10 @@ class Trials:
                 self.study.set_user_attr(name, value)
 
     def segments(self) -> list[Segment]:
-        """All trials, in order."""
+        """All trials, in order; for all ranks."""
+        return self._world.first(self._segments)
+
+    def _segments(self) -> list[Segment]:
         names = set(Segment.__dataclass_fields__)
         return [
             Segment(
@@ -239,6 +275,7 @@ class Trials:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    @_by_rank_0
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a state so that a crash leaves the file as it was, or as it is to be."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -259,6 +296,7 @@ class Trials:
         path = self.folder / name
         return thawed(path.read_bytes()) if path.exists() else None
 
+    @_by_rank_0
     def keep(self, *names: str | None) -> None:
         """Delete checkpoints of other names."""
         for path in self.folder.glob("*"):

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .advisor import Training, TrainingError
 from .invariance import Rule
 from .moves import require_count
+from .optim import is_sharded
 from .policy import Config, Decision, Retune, Stop, verdict
 from .search import Policy
 from .theory import require
+from .training import Training
 from .trials import Segment, Trials, words_of
+from .world import TrainingError, World, unsharded
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Trial(Training):
     """What a training function trains with: `watch` once, then `step` for each of `batches`.
 
     lr, batch_size   to train at. `watch` sets the learning rate, and `batches` follow the batch size
-    budget, used     samples, over all trials
+    budget, used     samples, over all trials and all ranks
     segment, ended   the stretch that is being trained, and those before it
     """
 
@@ -93,12 +95,14 @@ class Trial(Training):
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> None:
         super().watch(model, optimizer, *others)
+        if self.world.size > 1:  # with the same dropout, gradients would agree more than the ranks' samples do
+            _seed(self._seed + 1 + self.world.rank)
         if self._live is not None:
             self._restore(self._live)
             self._live = None
         self.segment.weight_decay = self.config.weight_decay
         if self.segment.state is None:
-            self._trials.begin(self.segment, self._space)
+            self._begin()
         self._clock = time.monotonic()
 
     def run(self, train: Callable[[Trial], Any]) -> Any:
@@ -107,9 +111,7 @@ class Trial(Training):
             self._forget()
             self.model = None
             gc.collect()  # what an abandoned attempt held
-            random.seed(self._seed)
-            np.random.seed(self._seed % 2**32)  # noqa: NPY002
-            torch.manual_seed(self._seed)
+            _seed(self._seed)
             try:
                 output = train(self)
                 self._check_finished()
@@ -140,15 +142,16 @@ class Trial(Training):
         self.used += self.config.batch_size
         if self.steps == 1 and not math.isfinite(self.loss):
             raise TrainingError(f"the loss of untrained weights is {self.loss}: no learning rate will help that")
-        decision, fresh = self._observe()
         now = time.monotonic()
+        spent = self.used >= self.budget
+        decision, fresh = self._observe(due=spent or now - self._saved_at >= self._checkpoint_every)
         self.segment.add(self.loss, self.config.batch_size, self.used, now - self._clock, fresh)
         self._clock = now
-        if isinstance(decision, Stop) or self.used >= self.budget:
+        if decision is not None and (spent or isinstance(decision, Stop)):
             self._end(decision)
         elif isinstance(decision, Retune):
             self._retune(decision)
-        elif now - self._saved_at >= self._checkpoint_every:
+        elif decision is not None:
             self._save()
             self._trials.write(self.segment)
             self._trials.note(used=self.used)
@@ -165,7 +168,7 @@ class Trial(Training):
         else:
             state, parent = "COMPLETE", old.number
             self._snapshot = f"before-{self.used}.pt"
-            self._trials.save(self._snapshot, {"live": self._state(), "trial": old.number})
+            self._trials.save(self._snapshot, {"live": self._collected(), "trial": old.number})
         old.end(state, decision.reason, words_of(decision))
         if decision.reuse:
             words = self._configure(decision.config)
@@ -181,7 +184,12 @@ class Trial(Training):
         if not decision.reuse:
             self._on_step(self)
             raise _FromScratch
+        self._begin()
+
+    def _begin(self) -> None:
+        """Give the segment its trial."""
         self._trials.begin(self.segment, self._space)
+        self.segment.number = self.world.same(self.segment.number)
 
     def _end(self, decision: Decision) -> None:
         """The last step: what comes out are these weights, or those saved before if these are worth nothing."""
@@ -202,7 +210,7 @@ class Trial(Training):
         saved = self._trials.load(self._snapshot) if self._snapshot is not None else None
         if saved is None:
             raise TrainingError(f"the policy goes back to saved weights, but {self._trials.folder} has none")
-        self._restore(saved["live"])
+        self._restore(self._own(saved["live"]))
         number: int | None = saved["trial"]
         return number
 
@@ -218,7 +226,7 @@ class Trial(Training):
             raise TrainingError("the training function returned without calling trial.watch(model, optimizer)")
 
     def _fail(self, error: Exception) -> None:
-        """Store the trial as failed."""
+        """Store the trial as failed. No rank waits for another here, as it may be the only one."""
         segment = self.segment
         if segment.state == "COMPLETE":  # the loop is over; what follows it has failed
             return
@@ -230,13 +238,19 @@ class Trial(Training):
         self._trials.note(used=self.used)
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
-        """Half the micro-batch, the same batch: go on with the weights of the last step."""
-        size = self.config.batch_size
+        """Half the micro-batch, the same batch: go on with the weights of the last step. One of several ranks ends."""
+        size = self._part_size
         largest = math.ceil(size / math.ceil(size / (self.micro_batch or size)))
         if self._gauge is None or largest == 1:
             what = "for the model alone" if self._gauge is None else "with one sample at a time"
             self._fail(error)
             raise TrainingError(f"out of memory {what}: {error}") from error
+        if self.world.size > 1:  # the others wait for this rank's gradients, and hear of nothing else
+            self._fail(error)
+            raise TrainingError(
+                f"out of memory on rank {self.world.rank} with {largest} samples in one backward pass: go on with "
+                f"micro_batch={math.ceil(largest / 2)}, which several ranks cannot change while they train ({error})"
+            ) from error
         if self._updating:  # weights may be half updated
             self._load()
         else:
@@ -248,12 +262,29 @@ class Trial(Training):
 
     # --- what survives ------------------------------------------------------------------------------------------------
 
+    def _collected(self) -> dict[str, Any]:
+        """The state of all ranks, for rank 0 to save: of each what is its own, of the others' copies one."""
+        state = self._state()
+        sharded = any(map(is_sharded, self._module.parameters()))
+        shared = {name: unsharded(state[name]) if sharded else state[name] for name in ("model", "optimizer", "others")}
+        gauges = self.world.gathered(state["gauge"]) if sharded else [state["gauge"]]
+        return {**state, **shared, "gauge": gauges, "random": self.world.gathered(state["random"])}
+
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `_collected` has, as this rank's; on another number of ranks random numbers begin anew."""
+        gauges, rank, size = state["gauge"], self.world.rank, self.world.size
+        return {
+            **state,
+            "gauge": gauges[rank if len(gauges) == size else 0],
+            "random": state["random"][rank] if len(state["random"]) == size else None,
+        }
+
     def _save(self, closed: Segment | None = None, fresh: bool = False) -> None:
         """A checkpoint. closed: the segment that has just ended; fresh: begin from untrained weights."""
         self._trials.save(
             "last.pt",
             {
-                "live": None if fresh else self._state(),
+                "live": None if fresh else self._collected(),
                 "policy": self.policy.state_dict(),
                 "segment": asdict(self.segment),
                 "closed": None if closed is None else asdict(closed),
@@ -271,6 +302,12 @@ class Trial(Training):
         self._live, self._snapshot, self._stopped = None, None, False
         self._clock = self._saved_at = time.monotonic()
         saved = self._trials.load("last.pt")
+        found = None if saved is None else saved["used"]
+        if self.world.same(found) != found:
+            raise TrainingError(
+                f"rank {self.world.rank} does not find rank 0's checkpoint in {self._trials.folder}; checkpoint_dir "
+                "must be a folder that all ranks see"
+            )
         if saved is None:
             self.used = self.samples = self.steps = 0
             self.config = self._start
@@ -279,7 +316,8 @@ class Trial(Training):
             return
         self.policy.load_state_dict(saved["policy"])
         self.segment, self.used = Segment(**saved["segment"]), saved["used"]
-        self.config, self._live = self.segment.config, saved["live"]
+        self.config = self.segment.config
+        self._live = None if saved["live"] is None else self._own(saved["live"])
         self._snapshot, self._stopped = saved["snapshot"], saved["stopped"]
         sizes = [size for size in (self.micro_batch, saved["micro_batch"]) if size is not None]
         self.micro_batch = min(sizes) if sizes else None
@@ -320,12 +358,18 @@ def tune(
     policy        makes the policy from the bounds of the space; `Policy.paper` for the published rules
     start         where to begin; None: below the middle of the space
     seed          of weights and batches; sets the global generators of torch, numpy and Python
-    micro_batch   samples that one backward pass may take; None: the whole batch. Halved where memory runs out
+    micro_batch   samples that one backward pass may take on one rank; None: its part of the batch. Halved where memory
+                  runs out; several ranks end with an error that names a smaller one
     every         steps between readings
     decay         what happens to weight decay when the learning rate or batch changes (`invariance.decay_after`)
     checkpoint_dir    folder for checkpoints, which are pickles: load only your own. None: beside the SQLite file
     checkpoint_every  seconds between checkpoints, beside those at every change: what a kill can cost
-    on_step       called after each step, as for a progress bar
+    on_step       called after each step, on every rank, as for a progress bar
+
+    On several ranks (torchrun) call init_process_group() first, then this on all of them; the function wraps the model
+    in DistributedDataParallel or applies fully_shard to it. Rank 0 decides and writes; all must see checkpoint_dir, and
+    return the same but for `model` and `output`. An exception on one rank ends the others with an error within the
+    process group's timeout. Another number of ranks can go on where these stopped.
 
     Raises ValueError for an argument out of range and for a study begun with others, before anything is stored;
     ImportError without Optuna; TrainingError if the training function raises, returns early, never steps, ignores the
@@ -337,19 +381,20 @@ def tune(
     require_count("budget", budget, 1)
     require_count("seed", seed, 0)
     require(0.0 <= checkpoint_every < math.inf, "checkpoint_every", checkpoint_every, "in seconds, at least 0")
+    world = World()
+    smallest, largest = -(-int(least) // world.size), int(most) // world.size  # on each rank
+    require(smallest <= largest, "space['batch_size']", (least, most), f"around a multiple of the {world.size} ranks")
     if start is None:
         lr, batch = (ends[0] * (ends[1] / ends[0]) ** START[name] for name, ends in bounds.items())
-        start = Config(min(max(lr, low), high), round(batch))
+        part = min(max(round(batch / world.size), smallest), largest)
+        start = Config(min(max(lr, low), high), part * world.size)
     inside = low <= start.lr <= high and least <= start.batch_size <= most
     require(inside, "start", start, f"inside {bounds}")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        require(ranks == 1, "train", f"one of {ranks} processes", "run by one: tune() does not share trials out")
     own = policy(lr_bounds=(low, high), min_batch=int(least), max_batch=int(most))
     settings = {"space": {name: list(ends) for name, ends in bounds.items()}, "seed": seed}
     # refuses what is out of range before a study is made
     Training(start, own, micro_batch=micro_batch, every=every, seed=seed, decay=decay)
-    trials = Trials(storage, study_name, checkpoint_dir, settings)
+    trials = Trials(storage, study_name, checkpoint_dir, settings, world)
     zones = {name: value for name, value in asdict(own.target).items() if not name.endswith("_power")}
     trials.note(target={k: list(v) if isinstance(v, tuple) else v for k, v in zones.items()}, budget=budget)
     trial = Trial(
@@ -368,8 +413,8 @@ def tune(
     output = trial.run(train)
     assert trial.model is not None
     segments = trials.segments()
-    words = trials.study.user_attrs.get("verdict") if trial.reading is None else None  # nothing was left to train
-    words = words or _verdict(trial, len(segments))
+    told = world.first(lambda: trials.study.user_attrs.get("verdict"))
+    words = told if told and trial.reading is None else _verdict(trial, len(segments))  # nothing was left to train
     trials.note(used=trial.used, verdict=words, recommendation=asdict(trial.config))
     return Result(trial.config, trial.model, trial.segment.loss, trial.used, words, tuple(segments), output)
 
@@ -390,6 +435,12 @@ def _bounds(space: Space) -> dict[str, tuple[float, float]]:
         )
         bounds[name] = (int(ends[0]), int(ends[1])) if whole else (float(ends[0]), float(ends[1]))
     return bounds
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
 
 
 def _decided(kind: str, rule: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from device.problem import Problem, same_bits
 from torch import Tensor, nn
 
-from grgauge import AdamW
+from grgauge import AdamW, Gauge
 
 FLAT = pytest.mark.parametrize("flat", [False, True], ids=["loose", "flat"])
 LR = 1e-2
@@ -124,3 +124,59 @@ def test_a_whole_training_step_replays(kernel):
         torch.testing.assert_close(seen[-1][0].stats, eager_seen[-1][0].stats, rtol=1e-3, atol=1e-6)
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["fused", "own pass"])
+def test_a_gauge_reads_replayed_steps(kernel, own):
+    """As it reads eager ones, whatever number of them lies between two readings."""
+
+    def made() -> tuple[list[nn.Parameter], torch.optim.Optimizer, Gauge]:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(n, generator=generator).cuda()) for n in (5000, 17, 4097)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(params, lr=LR, capturable=True) if own else AdamW(params, lr=LR, backend=kernel)
+        )
+        return params, optimizer, Gauge(optimizer, 8, every=4)
+
+    params, optimizer, gauge = made()
+    twins, eager, expected = made()
+    graph = captured(optimizer.step)
+    for _ in range(3):
+        eager.step()
+    assert gauge.reading() is None  # the captured step was not run, and does not count
+    for t in range(29):
+        generator = torch.Generator().manual_seed(t)
+        for p, q in zip(params, twins, strict=True):
+            q.grad.copy_(p.grad.copy_(torch.randn(p.shape, generator=generator)))
+        graph.replay()
+        gauge.replayed()
+        eager.step()
+    torch.cuda.synchronize()
+    ours, theirs = gauge.reading(), expected.reading()
+    assert ours.step == theirs.step == 32
+    assert ours.gr_t == pytest.approx(theirs.gr_t, rel=1e-9)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-9)
+    assert [s.gr_t for s in ours.segments] == pytest.approx([s.gr_t for s in theirs.segments], rel=1e-9)
+
+
+def test_micro_steps_between_replays_give_groups(kernel):
+    params = [nn.Parameter(torch.zeros(5000, device="cuda"))]
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = AdamW(params, lr=LR, backend=kernel)
+    gauge = Gauge(optimizer, 8, every=2)
+    graph = captured(optimizer.step)
+    for t in range(21):
+        generator = torch.Generator().manual_seed(t)
+        params[0].grad.zero_()
+        for _ in range(2):
+            params[0].grad.add_(torch.randn(5000, generator=generator).cuda() + 0.5)
+            gauge.micro_step()
+        graph.replay()
+        gauge.replayed()
+    torch.cuda.synchronize()
+    assert gauge.reading().step == 24
+    assert gauge.reading().gr_s is not None
+    with pytest.raises(RuntimeError, match="micro_step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gauge.micro_step()

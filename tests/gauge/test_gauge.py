@@ -226,6 +226,35 @@ def test_a_resumed_run_reads_the_same_bits(make, at):
     assert gauge.reading().segments == straight.reading().segments
 
 
+def test_tensors_of_odd_length_leave_no_gap_in_a_checkpoint():
+    """The gauge's own EMAs lie aligned in memory, and packed in its state."""
+
+    def made():
+        params = [nn.Parameter(torch.zeros(n)) for n in (1, 5003, 3, 70_001)]
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        return params, optimizer, Gauge(optimizer, 8, every=2, sample=40_000)
+
+    def steps(params, optimizer, times):
+        for t in times:
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+
+    params, optimizer, straight = made()
+    steps(params, optimizer, range(5))
+    state = copy.deepcopy(straight.state_dict())
+    (bucket,) = straight._sample.buckets()
+    (ema,) = state["source"]["emas"]
+    assert bucket.plan.states > bucket.plan.numel == len(ema)
+    assert float(ema[0]) == float(straight._source._emas[0][0])
+    assert (ema != 0).all()
+    steps(params, optimizer, range(5, 10))
+    params, optimizer, resumed = made()
+    resumed.load_state_dict(state)
+    steps(params, optimizer, range(5, 10))
+    assert resumed.reading() == straight.reading()
+
+
 def test_taking_a_state_dict_does_not_disturb():
     _, _, straight = run(OPTIMIZERS["ours, flat"], 15)
     net, optimizer, gauge = run(OPTIMIZERS["ours, flat"], 12)
@@ -468,3 +497,45 @@ def test_two_gauges_and_a_copy_of_the_optimizer_stay_apart():
     twin = copy.deepcopy(optimizer)
     twin.step()
     assert first.reading().step == 10
+
+
+def test_replayed_steps_count_as_steps(monkeypatch):
+    """A captured step does not count, and each replay writes its sums to the same memory; see tests/device."""
+    readings = []
+    for replayed in (False, True):
+        params = [nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(30, dtype=torch.bfloat16))]
+        optimizer = AdamW(params)
+        graph: list = []
+        if replayed:
+            optimizer.observe(graph.append)
+        gauge = Gauge(optimizer, 8, every=3)
+        generator = torch.Generator().manual_seed(0)
+        memory: list = []
+        for t in range(10):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            if replayed and t >= 2:
+                with monkeypatch.context() as capturing:
+                    capturing.setattr("grgauge.gauge._capturing", lambda: True)
+                    optimizer.step()  # a graph would have run it without Python
+                if t == 2:
+                    memory = gauge._captured
+                    assert gauge.reading() is None
+                for there, now in zip(memory, graph[-1], strict=True):
+                    there.stats.copy_(now.stats)
+                gauge._captured = memory
+                gauge.replayed()
+            else:
+                optimizer.step()
+        readings.append(gauge.reading())
+    assert readings[0] == readings[1]
+    assert readings[1].step == 9
+
+
+def test_what_cannot_be_captured_says_so(monkeypatch):
+    gauge = run(OPTIMIZERS["ours, fused"], 3)[-1]
+    with pytest.raises(RuntimeError, match=r"replayed\(\) is for steps in a CUDA graph"):
+        gauge.replayed()
+    monkeypatch.setattr("grgauge.gauge._capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call micro_step\\(\\) behind each replay"):
+        gauge.micro_step()

@@ -292,6 +292,8 @@ def test_clipping_by_torch_leaves_gr_s_alone_and_is_seen_by_gr_t(make):
     _, gr_s = truth_without(())
     assert reading.gr_s == pytest.approx(gr_s, rel=2e-6)
     assert reading.grad_norm == pytest.approx(0.1, rel=1e-4)
+    (note,) = (note for note in reading.notes if "changed" in note)
+    assert note.endswith("0.1 after")
 
 
 # Gradients whose reading is known

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
 import truth
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import grgauge
@@ -616,6 +619,188 @@ def test_a_compiled_training_function_trains_alike(flat):
     plain, expected = train(compiled=False)
     assert_close(ours, plain)
     assert reading.gr_t == pytest.approx(expected.gr_t, rel=1e-4)
+
+
+COMPILERS = pytest.mark.parametrize(
+    "compiler",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor", marks=pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+        ),
+    ],
+)
+
+
+def two_dtypes():
+    params = parameters()
+    half = [p.detach().bfloat16().requires_grad_() for p in parameters(seed=1)[:2]]
+    return [*params, *half], [{"params": params}, {"params": half, "lr": 1e-2, "weight_decay": 0.0}]
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@COMPILERS
+@pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)], ids=["number", "tensor"])
+def test_a_compiled_step_is_one_graph_with_the_same_bits(compiler, rate):
+    def train(compiled):
+        torch._dynamo.reset()
+        counters.clear()
+        params, groups = two_dtypes()
+        optimizer = AdamW(groups, lr=rate)
+        gauge, seen = grgauge.Gauge(optimizer, 16), []
+        optimizer.observe(seen.append)
+        step = torch.compile(optimizer.step, backend=compiler, fullgraph=True) if compiled else optimizer.step
+        for t in range(7):
+            for p, g in zip(params, gradients(t, params), strict=True):
+                p.grad = g
+            step()
+        return params, optimizer, gauge.reading(), seen
+
+    (ours, optimizer, reading, seen), graphs = train(compiled=True), counters["stats"]["unique_graphs"]
+    plain, eager, expected, expected_seen = train(compiled=False)
+    assert graphs == 1
+    assert all(map(torch.equal, ours, plain))
+    for p, q in zip(ours, plain, strict=True):
+        assert all(torch.equal(value, eager.state[q][name]) for name, value in optimizer.state[p].items())
+    assert {float(s["step"]) for s in optimizer.state.values()} == {7.0}
+    assert reading == expected
+    for step, expected_step in zip(seen, expected_seen, strict=True):
+        assert [b.stats.tolist() for b in step] == [b.stats.tolist() for b in expected_step]
+        assert [b.params[0].dtype for b in step] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("default")
+@COMPILERS
+def test_forward_and_step_are_one_graph(compiler):
+    """The backward is outside; what comes behind the step sees the new weights, what comes before it the old ones."""
+
+    def train(compiled):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 3))
+        optimizer = AdamW(net.parameters(), lr=1e-2)
+        gauge = grgauge.Gauge(optimizer, 16, every=2)
+
+        def step(x):
+            before = net(x).square().mean().detach()
+            optimizer.step()
+            return before, net(x).square().mean()
+
+        run = torch.compile(step, backend=compiler, fullgraph=True) if compiled else step
+        net(torch.ones(16, 10)).square().mean().backward()
+        losses = []
+        for t in range(6):
+            before, loss = run(torch.randn(16, 10, generator=torch.Generator().manual_seed(t)))
+            optimizer.zero_grad()
+            loss.backward()
+            losses += [before, loss.detach()]
+        return list(net.parameters()), losses, gauge.reading().gr_t
+
+    ours, plain = train(compiled=True), train(compiled=False)
+    assert_close(ours[0], plain[0])
+    torch.testing.assert_close(ours[1], plain[1], rtol=1e-5, atol=1e-7)
+    assert ours[2] == pytest.approx(plain[2], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_step_follows_what_changes_between_steps():
+    """Gradients that come and go, a new rate, a loaded state, a thawed parameter, a new group, eager steps between."""
+
+    def train(compiled):
+        torch._dynamo.reset()
+        params = [nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(i))) for i in range(4)]
+        params[3].requires_grad_(False)
+        optimizer = AdamW(params, lr=1e-2)
+        gauge = grgauge.Gauge(optimizer, 8, every=1)
+        run = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step
+        readings = []
+        for t in range(14):
+            if t == 6:
+                optimizer.param_groups[0]["lr"] = 1e-3
+            if t == 8:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if t == 10:
+                params[3].requires_grad_(True)
+            if t == 12:
+                params.append(nn.Parameter(torch.ones(50)))
+                optimizer.add_param_group({"params": params[4:]})
+            for i, (p, g) in enumerate(zip(params, gradients(t, params), strict=True)):
+                # Parameters of one size: which of them the plan leaves out shows in no shape.
+                p.grad = g if i != t // 2 % 3 and p.requires_grad else None
+            (optimizer.step if t in (5, 9) else run)()
+            readings.append(gauge.reading())
+        return params, [float(s["step"]) for s in optimizer.state.values()], readings
+
+    ours, plain = train(compiled=True), train(compiled=False)
+    assert all(map(torch.equal, ours[0], plain[0]))
+    assert ours[1:] == plain[1:]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("options", [{}, {"flat": True}, {"max_grad_norm": 1.0}], ids=["plain", "flat", "clipping"])
+def test_a_compiled_training_function_has_no_more_graph_breaks_than_torchs_own(options):
+    """Torch itself breaks at zero_grad(), at backward() and, in its own AdamW, twice in step()."""
+
+    def breaks(make):
+        torch._dynamo.reset()
+        counters.clear()
+        net = nn.Linear(10, 3)
+        optimizer = make(net.parameters())
+
+        def train(x):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        run = torch.compile(train, backend="aot_eager")
+        for _ in range(3):
+            run(torch.ones(16, 10))
+        return sum(counters["graph_break"].values())
+
+    ours = breaks(lambda p: AdamW(p, **options))
+    assert ours <= breaks(torch.optim.AdamW)
+    assert ours <= breaks(lambda p: torch.optim.AdamW(p, fused=True))
+    assert breaks(AdamW) < breaks(torch.optim.AdamW)
+
+
+REFUSED = {
+    "betas": lambda group: group.update(betas=(1.0, 0.999)),
+    "lr of integers": lambda group: group.update(lr=torch.tensor(1)),
+    "another size": lambda group: setattr(group["params"][0], "data", torch.zeros(3, dtype=torch.bfloat16)),
+    "no dense gradient": lambda group: setattr(group["params"][1], "grad", torch.zeros(33).bfloat16().to_sparse()),
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_later_group_is_refused_for_leaves_all_groups_as_they_were(spoil):
+    params, groups = two_dtypes()
+    optimizer = AdamW(groups)
+    seen = []
+    advance(optimizer, params, 2)
+    optimizer.observe(seen.append)
+    states = [{name: value.clone() for name, value in optimizer.state[p].items()} for p in params]
+    values = [p.detach().clone() for p in params]
+    spoil(optimizer.param_groups[1])
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.step()
+    assert all(map(torch.equal, params[:6], values))
+    for p, state in zip(params, states, strict=True):
+        assert all(torch.equal(value, optimizer.state[p][name]) for name, value in state.items())
+    assert {float(s["step"]) for s in optimizer.state.values()} == {2.0}
+    assert seen == []
+
+
+def test_gradients_set_to_none_give_their_memory_back():
+    net = nn.Linear(20, 20)
+    optimizer = AdamW(net.parameters())
+    grgauge.Gauge(optimizer, 8, every=2)
+    net(torch.ones(1, 20)).sum().backward()
+    held = weakref.ref(net.weight.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert held() is None
 
 
 def test_one_kernel_call_a_bucket_and_no_loop_over_tensors_on_the_flat_path(monkeypatch):

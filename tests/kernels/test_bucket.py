@@ -34,6 +34,29 @@ def test_a_plan_visits_each_element_of_each_segment_once(sizes, data):
 
 
 @settings(deadline=None)
+@given(sizes=SIZES, sample=st.none() | st.integers(1, 6 * CHUNK), replicates=st.sampled_from([0, 16]))
+def test_aligned_states_lie_apart_and_change_nothing_else(sizes, sample, replicates):
+    bucket = gk.Bucket([torch.empty(n) for n in sizes])
+    packed = bucket.plan(sample, replicates=replicates)
+    plan = bucket.plan(sample, replicates=replicates, align=8)
+    assert torch.equal(plan.rows[:, :3], packed.rows[:, :3])
+    end = 0
+    for _, _, length, state in plan.rows.tolist():
+        assert state % 8 == 0
+        assert end <= state < end + 8
+        end = state + length
+    assert plan.states == end
+    assert (plan.numel, packed.states) == (packed.numel, packed.numel)
+    views = plan.packed(torch.arange(plan.states))
+    assert torch.cat(views).tolist() == [i for *_, n, s in plan.rows.tolist() for i in range(s, s + n)]
+
+
+def test_align_must_be_positive():
+    with pytest.raises(ValueError, match="align is 0"):
+        gk.Bucket([torch.empty(10)]).plan(align=0)
+
+
+@settings(deadline=None)
 @given(sizes=SIZES, sample=st.integers(1, 6 * CHUNK), seed=st.integers(0, 2**64 - 1))
 def test_a_sample_is_stratified_blocks_without_overlap(sizes, sample, seed):
     plan = gk.Bucket([torch.empty(n) for n in sizes]).plan(sample=sample, seed=seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -20,6 +22,8 @@ def test_opcheck_measure(with_states):
     grads, plan = bucket_of(5000, 0, 17)
     states = (torch.zeros(plan.numel), torch.zeros(plan.numel)) if with_states else (None, None)
     torch.library.opcheck(torch.ops.grgauge.measure_.default, (grads, plan.rows, plan.segments, *states, 0.9, None))
+    if not with_states:
+        torch.library.opcheck(torch.ops.grgauge.measure.default, (grads, plan.rows, plan.segments, None))
 
 
 @pytest.mark.parametrize("sums", [False, True])
@@ -45,6 +49,26 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(params, grads, first, second), expected)
     assert all(map(torch.equal, params, clones[0]))
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.parametrize("with_ema", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_measuring_compiles_without_a_graph_break(compiler, with_ema):
+    if compiler == "inductor" and shutil.which("c++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    grads, plan = bucket_of(5000, 17)
+
+    def measure(grads, ema):
+        return gk.measure_([g * 2 for g in grads], plan, ema=ema).sum(0)
+
+    ours, expected = (torch.zeros(plan.numel) if with_ema else None for _ in range(2))
+    total = measure(grads, expected)
+    torch._dynamo.reset()
+    found = torch.compile(measure, fullgraph=True, backend=compiler)(grads, ours)
+    torch.testing.assert_close(found, total, rtol=1e-12, atol=0)
+    assert total[0] > 0
+    assert not with_ema or torch.equal(ours, expected)
 
 
 def test_backends_say_why():

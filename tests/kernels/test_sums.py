@@ -118,6 +118,27 @@ def test_same_bits_every_run_and_for_every_number_of_threads(dtype):
         assert torch.equal(ema, results[0][1])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_aligned_states_hold_the_same_values(backend, layout):
+    segments, stream, bucket = gradients([1, 5003, 13, CHUNK + 1], torch.float32, layout)
+    packed, plan = bucket.plan(), bucket.plan(align=8)
+    starts = [0, 8, 5016, 5032]
+    assert [s for i, offset, _, s in plan.rows.tolist() if offset == bucket.offsets[i]] == starts
+    results = []
+    for p in (packed, plan):
+        ema, previous = torch.zeros(p.states), torch.zeros(p.states)
+        for _ in range(2):
+            stats = gk.measure_(stream, p, ema=ema, previous=previous, backend=backend)
+        if p is plan:
+            ema, previous = (
+                torch.cat([t[s : s + len(g)] for s, g in zip(starts, segments, strict=True)]) for t in (ema, previous)
+            )
+        results.append((stats, ema, previous))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(results[0][2], torch.cat(segments))
+
+
 def test_a_sampled_plan_reads_only_its_elements(backend):
     segments, stream, bucket = gradients([50_000, 100, 30_000], torch.float32, "flat")
     plan = bucket.plan(sample=20_000, seed=3)

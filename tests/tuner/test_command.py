@@ -129,8 +129,8 @@ def test_without_optuna_it_says_how_to_install_it(here, capsys, monkeypatch):
 
 def test_the_demo_interrupted_goes_on_with_the_same_command(tmp_path):
     hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # see tests/cli
-    early = "from grgauge import advisor; old = advisor.Training.step; "
-    early += "advisor.Training.step = lambda self, loss: (old(self, loss), print(self.used, file=sys.stderr))[0]"
+    early = "from grgauge import training; old = training.Training.step; "
+    early += "training.Training.step = lambda self, loss: (old(self, loss), print(self.used, file=sys.stderr))[0]"
     code = f"{hears}; import sys; {early}; from grgauge.cli import main; sys.exit(main())"
     command = [sys.executable, "-u", "-c", code, "tune", "--demo", "--budget", "900", "--checkpoint-every", "0.5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,8 +46,9 @@ def train(trial):
 orders = {320: retune(Config(1e-2, 32)), 960: retune(Config(5e-3, 64)), 1280: retune(Config(3e-3, 32), rollback=True)}
 space = {"lr": (1e-5, 1.0), "batch_size": (8, 64)}
 start, made = Config(1e-3, 32), Told(orders)
+every = float(sys.argv[3])
 result = tune(
-    train, space, budget=1600, storage=sys.argv[1], start=start, checkpoint_every=0.0, policy=lambda **bounds: made
+    train, space, budget=1600, storage=sys.argv[1], start=start, checkpoint_every=every, policy=lambda **bounds: made
 )
 print("sum", result.output)
 """
@@ -59,7 +61,8 @@ def finished(storage):
 
 def run(script, storage, kill_at=None):
     """Samples that it says it has used, and its last line; killed when it has printed `kill_at` lines."""
-    command = [sys.executable, str(script), str(storage), str(Path(__file__).parents[1])]
+    every = 1000.0 if kill_at is None else 0.0
+    command = [sys.executable, str(script), str(storage), str(Path(__file__).parents[1]), str(every)]
     used, last = [], ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -74,11 +77,11 @@ def run(script, storage, kill_at=None):
     return used, last
 
 
-def test_kill_9_and_the_same_command_again_end_where_an_undisturbed_run_does(tmp_path):
+def test_kill_9_and_the_same_command_again_end_where_an_undisturbed_run_does(tmp_path, empty):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    _, undisturbed = run(script, tmp_path / "whole.db")
-    storage = tmp_path / "killed.db"
+    whole, storage = (shutil.copy(empty, tmp_path / name) for name in ("whole.db", "killed.db"))
+    _, undisturbed = run(script, whole)
     killed, _ = run(script, storage, 22)
     before = finished(storage)
     assert set(before) == {0}
@@ -124,8 +127,8 @@ def train_once(regression, storage):
 
 
 @pytest.mark.parametrize("moments", [(3, 5), pytest.param(range(100), marks=pytest.mark.slow)])
-def test_killed_between_two_writes(moments, regression, tmp_path, monkeypatch):
-    whole = train_once(regression, tmp_path / "whole.db")
+def test_killed_between_two_writes(moments, regression, tmp_path, empty, monkeypatch):
+    whole = train_once(regression, shutil.copy(empty, tmp_path / "whole.db"))
     assert [(number, parent) for number, parent, *_ in whole[0]] == [(0, None), (1, 0), (2, 0), (3, None), (4, 3)]
     calls, deadly = itertools.count(), -1
 
@@ -142,7 +145,7 @@ def test_killed_between_two_writes(moments, regression, tmp_path, monkeypatch):
     killed = 0
     for moment in moments:
         calls, deadly = itertools.count(), moment
-        storage = tmp_path / f"{moment}.db"
+        storage = shutil.copy(empty, tmp_path / f"{moment}.db")
         try:
             train_once(regression, storage)
         except Killed:
@@ -154,8 +157,8 @@ def test_killed_between_two_writes(moments, regression, tmp_path, monkeypatch):
     assert killed >= min(len(moments), 20)
 
 
-def test_a_checkpoint_half_written_is_not_read(regression, tmp_path):
-    train_once(regression, tmp_path / "run.db")
+def test_a_checkpoint_half_written_is_not_read(regression, tmp_path, empty):
+    train_once(regression, shutil.copy(empty, tmp_path / "run.db"))
     (checkpoint,) = tmp_path.glob("run.db.checkpoints/*/last.pt")
     checkpoint.with_name("last.pt.part").write_bytes(b"half")
     assert train_once(regression, tmp_path / "run.db")[0]
