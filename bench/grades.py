@@ -53,12 +53,14 @@ ARMS = ("full", "full + early stopping", "full + GradES", "full + released", "Lo
 class Size:
     """Tokens are bytes."""
 
-    width: int = 256
+    width: int = 128
     layers: int = 4
     context: int = 128
     batch: int = 8
-    pretraining: int = 1500
-    steps: int = 400
+    pretraining: int = 1000
+    steps: int = 300
+    text: int = 2**16
+    """Of the documentation, to fine-tune on: the steps see it nearly five times."""
     validations: int = 30
     """Validation passes of the early stopping, in a whole run."""
     held_out: int = 16
@@ -93,11 +95,11 @@ def library() -> Tensor:
     return as_bytes("".join(file.read_text(errors="ignore") for file in sorted(folder.glob("*.py"))))
 
 
-def documentation() -> tuple[Tensor, Tensor, Tensor]:
-    """The language reference's topics: 80 % to train on, 10 % to validate on, 10 % to test on."""
+def documentation(size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """The language reference's topics: the first `size.text` to train on, 10 % to validate on, 10 % to test on."""
     text = as_bytes("".join(topics.topics[name] for name in sorted(topics.topics)))
     a, b = int(0.8 * len(text)), int(0.9 * len(text))
-    return text[:a], text[a:b], text[b:]
+    return text[: min(size.text, a)], text[a:b], text[b:]
 
 
 def batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:
@@ -270,8 +272,8 @@ def trained(
     if lora:
         model = with_lora(model)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(params, lr=3e-3 if lora else 5e-4, weight_decay=0.01)
-    train, validation, test = documentation()
+    optimizer = AdamW(params, lr=3e-3 if lora else 1e-3, weight_decay=0.01)
+    train, validation, test = documentation(size)
     hook, grades, released = Hook(optimizer), None, None
     done: Callable[[int], bool] = lambda step: False  # noqa: E731
     if "GradES" in arm:
@@ -322,11 +324,11 @@ def comparison_with(package: ModuleType, weights: dict[str, Tensor], size: Size,
     torch.manual_seed(1000)
     model = untrained(size)
     model.load_state_dict(weights)
-    optimizer = AdamW(model.parameters(), lr=5e-4, weight_decay=0.01)
+    optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = scheduled(optimizer, size.steps)
     released = Released(package, model, size.steps, 1e-300, options["alpha"])
     at = math.ceil((1 + options["alpha"]) / 2 * size.steps)
-    for step, tokens in zip(range(1, at + 1), batches(documentation()[0], size, 1000), strict=False):
+    for step, tokens in zip(range(1, at + 1), batches(documentation(size)[0], size, 1000), strict=False):
         optimizer.zero_grad()
         loss_of(model, tokens).backward()
         optimizer.step()
@@ -417,7 +419,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="run everything once, tiny, and write nothing")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--metric", choices=("delta", "norm"), default="delta")
-    parser.add_argument("--tau", type=float, default=1.5, help="share of each matrix's own early level")
+    parser.add_argument("--tau", type=float, default=1.1, help="share of each matrix's own early level")
     parser.add_argument("--alpha", type=float, default=0.5)
     given = parser.parse_args()
     size = QUICK if given.quick else Size()

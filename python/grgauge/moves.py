@@ -36,8 +36,7 @@ class State:
     raised: bool = False  # the newest move raised the learning rate
     climbed: bool = False  # these weights have seen the learning rate rise to where it is
     groping: bool = False  # these weights have seen it rise by the loss alone
-    noiseless: bool | None = None  # less noise has not lowered a loss that stalled; None: not known
-    test: list[float] | None = None  # lr, batch, loss level and its error as a stalled loss was first met with a move
+    test: list[float] | None = None  # lr, batch, loss level and its error as lr was raised against a stalled loss
     rollbacks: int = 0  # to the weights saved
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     saved: list[float] | None = None  # lr, batch, samples, loss level and its error as the newest move began
@@ -177,7 +176,6 @@ class Moves:
         if s.moves >= self.max_moves:
             return Stop(f"{reason}, and all {self.max_moves} moves are made", evidence)
         self._cap(0.5 * old.lr)
-        s.noiseless = False if s.test else s.noiseless
         if rollback and s.saved is not None and s.rollbacks < 2:
             lr, batch = s.saved[0], s.saved[1]
             between = math.sqrt(lr * old.lr) if lr < old.lr / 4.0 and batch == old.batch_size else lr

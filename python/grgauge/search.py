@@ -194,7 +194,7 @@ class Policy(Moves):
         return (
             self._wrecked(block)
             or self._left()
-            or self._answer()
+            or self._tried()
             or self._spatial(reading)
             or self._temporal(reading, warming)
             or Continue("nothing to change", Evidence("steady", s.step))
@@ -296,7 +296,7 @@ class Policy(Moves):
             return self._plateau() or Continue("GR_S says that GR_T is blind", evidence)
         if gr_t * reach < low:
             return self._too_low(gr_t, reach, evidence)
-        wrong = (s.hurt and gr_t / reach > high) or (gr_t > 1.5 * high and self._learned())
+        wrong = (s.hurt and gr_t > high) or (gr_t > 1.5 * high and self._learned())
         if wrong and not s.climbed and s.age >= 15 and s.steps <= 50:
             # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
             self._cap(self._config.lr)
@@ -311,6 +311,9 @@ class Policy(Moves):
 
     def _too_low(self, gr_t: float, reach: float, evidence: Evidence) -> Decision:
         s, old = self._state, self._config
+        if s.hurt and not s.climbed and s.age >= 15 and s.steps <= 50:
+            self._cap(old.lr)
+            return self._restart(old.lr / 30.0, old.batch_size, "hurt by its first steps: again, from below", evidence)
         # GR_T climbs with time, and its target belongs to iteration 50: the nearer, the more patience
         patience = 50 if s.found else 8 + 2 * gr_t
         trending = reach > 1.5 and s.age < 30
@@ -387,8 +390,7 @@ class Policy(Moves):
     def _stall(self, reading: Reading, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision | None:
         """Against a loss that has not fallen over the last 3/10 of all samples, all of it under this configuration.
 
-        With less noise, at the configuration given, or with a higher learning rate: where less noise has been of no
-        use, or nothing is known yet and a GR_T that jumps by its own size cannot tell.
+        With less noise, at the configuration given; but where GR_T cannot tell, with a higher learning rate, on trial.
         """
         s, old, losses = self._state, self._config, self._state.losses
         since = 0.7 * s.samples
@@ -400,43 +402,33 @@ class Policy(Moves):
         if error > 0.03 * abs(level) or fall > 1.4 * error:
             return None
         higher = self._below(2.0 * old.lr, old.batch_size)
-        if (_jumps(reading) if s.noiseless is None else s.noiseless) and higher > 1.15 * old.lr:
-            lr, batch, reason = higher, old.batch_size, "the loss has stalled, and not for noise"
-            evidence = Evidence("stall", s.step, "loss", level)
-        decision = self._move(lr, batch, reason, evidence)
+        if not _jumps(reading) or higher < 1.15 * old.lr:
+            if lr < old.lr:
+                self._cap(old.lr)
+            return self._move(lr, batch, reason, evidence)
+        evidence = replace(evidence, rule="stall")
+        decision = self._move(higher, old.batch_size, "the loss has stalled, and GR_T cannot tell why", evidence)
         s.test = [old.lr, old.batch_size, level, losses.error(blocks)] if isinstance(decision, Retune) else None
         return decision
 
-    def _answer(self) -> Decision | None:
-        """What a move against a stalled loss has done to it."""
-        s, old, losses = self._state, self._config, self._state.losses
+    def _tried(self) -> Decision | None:
+        """What a learning rate raised against a stall has done to the loss."""
+        s, losses = self._state, self._state.losses
         if s.test is None:
             return None
         lr, batch, level, before = s.test
         blocks = losses.blocks(s.start) // 2  # the newer half: at first the change itself shows
         now, error = losses.level(blocks, s.start), math.hypot(losses.error(max(blocks, 1)), before)
         unsure = error > 0.015 * abs(level) and s.samples < 1.3 * s.start
-        if now is None or blocks < 4 or unsure:
-            return Continue("a stalled loss was met with this configuration: waiting", Evidence("stall", s.step))
-        s.test, margin = None, max(2.0 * error, 0.01 * abs(level))
-        evidence = Evidence("stall", s.step, "loss", now, (level - margin, level + margin))
-        if old.lr > lr:
-            s.noiseless = now < level + margin
-            if s.noiseless:
-                s.raised = False  # no longer in question
-                return None
-            self._cap(old.lr)
-            return self._move(lr, batch, "the loss is worse than before the learning rate was raised", evidence)
-        s.noiseless = now >= level - margin
-        if not s.noiseless:
-            if old.lr < lr:
-                self._cap(lr)
+        if now is None or blocks < 4 or s.samples < 1.1 * s.start or unsure:
+            return Continue("a higher learning rate is on trial", Evidence("stall", s.step))
+        margin = max(2.0 * error, 0.01 * abs(level))
+        s.test, s.raised = None, False  # no longer in question
+        if now < level + margin:
             return None
-        higher = self._below(2.0 * lr, batch)
-        reason = "less noise has not lowered the loss, so a higher learning rate may"
-        decision = self._move(higher, batch, reason, evidence)
-        s.test = [lr, batch, level, before] if isinstance(decision, Retune) and higher > lr else None
-        return decision
+        self._cap(lr)
+        evidence = Evidence("stall", s.step, "loss", now, (level - margin, level + margin))
+        return self._move(lr, batch, "the loss is worse than before the learning rate was raised", evidence)
 
 
 def full_grown(gr_t: float, settled: float) -> float:
