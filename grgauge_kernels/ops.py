@@ -87,7 +87,7 @@ def _measure_only(grads, rows, segments, inv_scale, backend=None):  # type: igno
 def _adamw(*args, backend=None):  # type: ignore[no-untyped-def]
     if len(args) == 23:
         args, backend = args[:22], args[22]
-    return _backend(backend, args[4].device).adamw_(*args)
+    return _backend(backend, args[4].device).prepare_adamw_(*args)()
 
 
 _library.impl("measure_", _measure, "CompositeExplicitAutograd")
@@ -239,10 +239,10 @@ def prepare_adamw_(
     sums: bool = True,
     backend: str | None = None,
 ) -> Callable[[], Tensor]:
-    """`adamw_` up to the point where something changes: checks everything and returns the call that does the rest.
+    """`adamw_` up to the point where something changes: checks all, takes the memory, returns the call for the rest.
 
-    For a step over several buckets, which must not stop halfway for an argument of the last one. Between the two,
-    `step` may still count on.
+    For a step over several buckets, which must not stop halfway for what the last one lacks. Between the two, `step`
+    may still count on.
     """
     _check_streams(plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _check_states(plan, ema, previous, beta)
@@ -288,7 +288,11 @@ def prepare_adamw_(
     )
     if _traced():
         return functools.partial(_dispatched, args, backend)
-    return functools.partial(_update, _backend(backend, plan.rows.device), args)
+    try:
+        update = _backend(backend, plan.rows.device).prepare_adamw_(*args)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"adamw_: {error}") from error
+    return functools.partial(_update, update, args)
 
 
 @torch.no_grad()
@@ -297,9 +301,10 @@ def _dispatched(args: tuple[Any, ...], backend: str | None) -> Tensor:
     return stats
 
 
-def _update(module: ModuleType, args: tuple[Any, ...]) -> Tensor:
+def _update(update: Callable[[], Tensor], args: tuple[Any, ...]) -> Tensor:
+    """`args` are held until here: kernels are given addresses only."""
     try:
-        stats: Tensor = module.adamw_(*args)
+        stats = update()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"adamw_: {error}") from error
     # What the dispatcher would have done: a backward through a graph that saved an old value must fail, not go wrong.

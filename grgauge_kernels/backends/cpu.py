@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -57,7 +58,7 @@ def measure_(
     return stats
 
 
-def adamw_(
+def prepare_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -80,7 +81,7 @@ def adamw_(
     zero_grad: bool,
     maximize: bool,
     sums: bool,
-) -> Tensor:
+) -> Callable[[], Tensor]:
     stats = torch.empty((segments, 6), dtype=torch.float64) if sums else _NO_SUMS
     task = native.Pass(grads, rows, segments, stats if sums else None, ema, previous, beta, inv_scale)
     rate = lr if lr_tensor is None else float(lr_tensor)
@@ -88,6 +89,11 @@ def adamw_(
     table = array("Q", map(Tensor.data_ptr, chain(grads, params, exp_avgs, exp_avg_sqs)))
     start, size = table.buffer_info()[0], table.itemsize * len(grads)
     task.grads, task.params, task.exp_avgs, task.exp_avg_sqs = (start + i * size for i in range(4))
+    return functools.partial(_update, task, stats, table)
+
+
+def _update(task: native.Pass, stats: Tensor, table: array[int]) -> Tensor:
+    """`table` has to live as long as the task, which points into it."""
     _run("adamw_", task)
     return stats
 

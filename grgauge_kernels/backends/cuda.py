@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,11 +65,11 @@ def measure_(
 ) -> Tensor:
     stats = rows.new_empty((segments, 6), dtype=torch.float64)
     task = native.Pass(grads, rows, segments, stats, ema, previous, beta, inv_scale)
-    _run("measure_", task, rows, [grads])
+    _prepared("measure_", task, rows, [grads])()
     return stats
 
 
-def adamw_(
+def prepare_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -91,35 +92,46 @@ def adamw_(
     zero_grad: bool,
     maximize: bool,
     sums: bool,
-) -> Tensor:
+) -> Callable[[], Tensor]:
     stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
     task = native.Pass(grads, rows, segments, stats if sums else None, ema, previous, beta, inv_scale)
-    step = step.contiguous()
-    task.update(params, step, lr, beta1, beta2, eps, weight_decay, found_inf, clip, zero_grad, maximize)
-    _run("adamw_", task, rows, [grads, params, exp_avgs, exp_avg_sqs], lr_tensor)
-    return stats
+    launch = _prepared("adamw_", task, rows, [grads, params, exp_avgs, exp_avg_sqs], lr_tensor)
+
+    def update() -> Tensor:
+        count = step.contiguous()  # now and not before: it may have counted on
+        task.update(params, count, lr, beta1, beta2, eps, weight_decay, found_inf, clip, zero_grad, maximize)
+        launch()
+        return stats
+
+    return update
 
 
-def _run(
+def _prepared(
     op: str, task: native.Pass, rows: Tensor, streams: list[list[Tensor]], lr_tensor: Tensor | None = None
-) -> None:
+) -> Callable[[], None]:
+    """The launch of a pass for which all memory is there."""
     library = _load()
     assert not isinstance(library, str)
     with torch.cuda.device_of(rows):
         _place(task, streams, rows.device)
-        # Freed on return while the kernels may still be running: the allocator gives it to later work of this stream.
+        # Freed while the kernels may still be running: the allocator gives it to later work of this stream.
         partials = rows.new_empty((6, task.chunks), dtype=torch.float32) if task.stats else None
-        lr = native.address(lr_tensor)
-        double = lr_tensor is not None and lr_tensor.dtype == torch.float64
-        code = library.grgauge_cuda_pass(
-            ctypes.byref(task),
-            None if double else lr,
-            lr if double else None,
-            native.address(partials),
-            rows.device.index,
-            torch.cuda.current_stream(rows.device).cuda_stream,
-        )
-    native.check(library, op, code)
+    lr = native.address(lr_tensor)
+    double = lr_tensor is not None and lr_tensor.dtype == torch.float64
+
+    def launch() -> None:
+        with torch.cuda.device_of(rows):
+            code = library.grgauge_cuda_pass(
+                ctypes.byref(task),
+                None if double else lr,
+                lr if double else None,
+                native.address(partials),
+                rows.device.index,
+                torch.cuda.current_stream(rows.device).cuda_stream,
+            )
+        native.check(library, op, code)
+
+    return launch
 
 
 def _place(task: native.Pass, streams: list[list[Tensor]], device: torch.device) -> None:

@@ -5,7 +5,7 @@ Elementwise arithmetic is float32, as in the kernels; sums are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ def measure_(
     return stats
 
 
-@torch.no_grad()
-def adamw_(
+def prepare_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -62,34 +61,39 @@ def adamw_(
     zero_grad: bool,
     maximize: bool,
     sums: bool,
-) -> Tensor:
+) -> Callable[[], Tensor]:
     stats = torch.zeros(segments if sums else 0, 6, dtype=torch.float64, device=rows.device)
-    if found_inf is not None and found_inf.item():
-        return stats.fill_(torch.nan)
-    rate = torch.as_tensor(lr if lr_tensor is None else lr_tensor, dtype=torch.float64, device=rows.device)
-    steps = step.double().expand(segments)
-    for segment, here, state in _runs(rows):
-        grad, param, m, v = (_stream(list_, segment)[here] for list_ in (grads, params, exp_avgs, exp_avg_sqs))
-        g = grad.float()
-        if inv_scale is not None:
-            g = g * inv_scale.float()
-        update = -g if maximize else g
-        if clip is not None:
-            update = update * clip.float()
-        m.lerp_(update, 1 - beta1)
-        v.mul_(beta2).addcmul_(update, update, value=1 - beta2)
-        correction1 = 1 - beta1 ** steps[segment]
-        correction2 = 1 - beta2 ** steps[segment]
-        denominator = v.sqrt().div_(correction2.sqrt().float()).add_(eps)
-        decayed = param.float() * (1 - rate * weight_decay).float()
-        param.copy_(decayed - (rate / correction1).float() * m / denominator)
-        moment = m if ema is None else _pick(ema, state)
-        row = _sums(g, moment, _pick(previous, state), beta, moment_is_exp_avg=ema is None)
-        if sums:
-            stats[segment] += row
-        if zero_grad:
-            grad.zero_()
-    return stats
+
+    @torch.no_grad()
+    def update() -> Tensor:
+        if found_inf is not None and found_inf.item():
+            return stats.fill_(torch.nan)
+        rate = torch.as_tensor(lr if lr_tensor is None else lr_tensor, dtype=torch.float64, device=rows.device)
+        steps = step.double().expand(segments)
+        for segment, here, state in _runs(rows):
+            grad, param, m, v = (_stream(list_, segment)[here] for list_ in (grads, params, exp_avgs, exp_avg_sqs))
+            g = grad.float()
+            if inv_scale is not None:
+                g = g * inv_scale.float()
+            update = -g if maximize else g
+            if clip is not None:
+                update = update * clip.float()
+            m.lerp_(update, 1 - beta1)
+            v.mul_(beta2).addcmul_(update, update, value=1 - beta2)
+            correction1 = 1 - beta1 ** steps[segment]
+            correction2 = 1 - beta2 ** steps[segment]
+            denominator = v.sqrt().div_(correction2.sqrt().float()).add_(eps)
+            decayed = param.float() * (1 - rate * weight_decay).float()
+            param.copy_(decayed - (rate / correction1).float() * m / denominator)
+            moment = m if ema is None else _pick(ema, state)
+            row = _sums(g, moment, _pick(previous, state), beta, moment_is_exp_avg=ema is None)
+            if sums:
+                stats[segment] += row
+            if zero_grad:
+                grad.zero_()
+        return stats
+
+    return update
 
 
 def _sums(g: Tensor, m: Tensor | None, previous: Tensor | None, beta: float, moment_is_exp_avg: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,10 +81,10 @@ def measure_(
     beta: float,
     inv_scale: Tensor | None,
 ) -> Tensor:
-    return _launch([grads], rows, segments, ema, previous, beta, inv_scale)
+    return _prepared([grads], rows, segments, ema, previous, beta, inv_scale)()
 
 
-def adamw_(
+def prepare_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -106,8 +107,8 @@ def adamw_(
     zero_grad: bool,
     maximize: bool,
     sums: bool,
-) -> Tensor:
-    return _launch(
+) -> Callable[[], Tensor]:
+    return _prepared(
         [grads, params, exp_avgs, exp_avg_sqs],
         rows,
         segments,
@@ -117,7 +118,7 @@ def adamw_(
         inv_scale,
         found_inf=found_inf,
         clip=clip,
-        step=step.contiguous(),
+        step=step,
         lr_tensor=lr_tensor,
         lr=lr,
         weight_decay=weight_decay,
@@ -133,7 +134,7 @@ def adamw_(
     )
 
 
-def _launch(
+def _prepared(
     streams: list[list[Tensor]],
     rows: Tensor,
     segments: int,
@@ -157,57 +158,67 @@ def _launch(
     zero_grad: bool = False,
     maximize: bool = False,
     sums: bool = True,
-) -> Tensor:
+) -> Callable[[], Tensor]:
+    """The launches of a pass for which all memory is there: running out of it must find nothing changed."""
     chunks = rows.shape[0]
     stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
     partials = rows.new_empty((chunks, 8), dtype=torch.float32) if sums else None
-    # Before the launch, like all memory: running out of it must find nothing changed.
     tiles = _tiles(rows) if sums else None
-    with torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext():
-        if chunks:
-            # A tensor of each list also tells the kernel the dtype, which an address does not.
-            bases: list[Tensor | None] = [tensors[0] for tensors in streams]
-            grad_size = streams[0][0].element_size()
-            reads_only = len(streams) == 1 and ema is None and previous is None
-            visit_kernel[(chunks,)](
-                rows,
-                partials,
-                # Addresses of loose tensors, segment by segment.
-                on_device(tuple(t.data_ptr() for segment in zip(*streams, strict=True) for t in segment), rows.device)
-                if len(streams[0]) > 1
-                else None,
-                *(bases + [None] * (4 - len(bases))),
-                ema,
-                previous,
-                inv_scale,
-                found_inf,
-                clip,
-                step,
-                lr_tensor,
-                lr,
-                weight_decay,
-                log_beta1,
-                log_beta2,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                eps,
-                beta,
-                1 - beta,
-                STEP_PER_SEGMENT=step is not None and step.numel() > 1,
-                ZERO_GRAD=zero_grad,
-                MAXIMIZE=maximize,
-                LARGEST=LARGEST,
-                LANES=THREADS,
-                # 16 bytes a thread. Two-byte streams beside float32 ones get 8 bytes, still 256 in a row for a warp:
-                # with 16, Triton sends every float32 store through shared memory, and needs 64 to 102 registers on
-                # sm_90 where it now needs 40.
-                BLOCK=THREADS * (16 // grad_size if reads_only else 4),
-                **_options(rows.device),
-            )
-        if partials is not None:
-            _reduce(rows, partials, tiles, found_inf, stats)
-    return stats
+    device = torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext()
+    with device:
+        # Addresses of loose tensors, segment by segment.
+        table = (
+            on_device(tuple(t.data_ptr() for segment in zip(*streams, strict=True) for t in segment), rows.device)
+            if chunks and len(streams[0]) > 1
+            else None
+        )
+
+    def launch() -> Tensor:
+        with device:
+            count = None if step is None else step.contiguous()  # now and not before: it may have counted on
+            if chunks:
+                # A tensor of each list also tells the kernel the dtype, which an address does not.
+                bases: list[Tensor | None] = [tensors[0] for tensors in streams]
+                grad_size = streams[0][0].element_size()
+                reads_only = len(streams) == 1 and ema is None and previous is None
+                visit_kernel[(chunks,)](
+                    rows,
+                    partials,
+                    table,
+                    *(bases + [None] * (4 - len(bases))),
+                    ema,
+                    previous,
+                    inv_scale,
+                    found_inf,
+                    clip,
+                    count,
+                    lr_tensor,
+                    lr,
+                    weight_decay,
+                    log_beta1,
+                    log_beta2,
+                    one_minus_beta1,
+                    beta2,
+                    one_minus_beta2,
+                    eps,
+                    beta,
+                    1 - beta,
+                    STEP_PER_SEGMENT=count is not None and count.numel() > 1,
+                    ZERO_GRAD=zero_grad,
+                    MAXIMIZE=maximize,
+                    LARGEST=LARGEST,
+                    LANES=THREADS,
+                    # 16 bytes a thread. Two-byte streams beside float32 ones get 8 bytes, still 256 in a row for a
+                    # warp: with 16, Triton sends every float32 store through shared memory, and needs 64 to 102
+                    # registers on sm_90 where it now needs 40.
+                    BLOCK=THREADS * (16 // grad_size if reads_only else 4),
+                    **_options(rows.device),
+                )
+            if partials is not None:
+                _reduce(rows, partials, tiles, found_inf, stats)
+        return stats
+
+    return launch
 
 
 def _tiles(rows: Tensor) -> Tensor | None:

@@ -538,16 +538,22 @@ def test_clipping_under_a_grad_scaler_sees_the_unscaled_norm():
 
 
 @FLAT
-def test_a_failing_kernel_leaves_the_state_as_it_was(flat, monkeypatch):
+@pytest.mark.parametrize("bucket", [0, 1])
+def test_out_of_memory_for_any_bucket_leaves_all_of_them_as_they_were(flat, bucket, monkeypatch):
+    """Memory for all buckets is taken before the first of them changes."""
     params = parameters()
-    optimizer = AdamW(params, flat=flat)
+    optimizer = AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 1e-4}], flat=flat)
     advance(optimizer, params, 2)
     before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params]
+    prepare, calls = cpu.prepare_adamw_, []
 
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("out of memory")
+        calls.append(args)
+        if len(calls) > bucket:
+            raise torch.OutOfMemoryError("out of memory")
+        return prepare(*args, **kwargs)
 
-    monkeypatch.setattr(cpu, "adamw_", fail)
+    monkeypatch.setattr(cpu, "prepare_adamw_", fail)
     with pytest.raises(torch.OutOfMemoryError, match="adamw_: out of memory"):
         optimizer.step()
     monkeypatch.undo()

@@ -461,5 +461,5 @@ def test_unavailable_with_a_broken_triton(tmp_path):
 
 
 def test_the_backend_has_the_signatures_of_the_reference():
-    for name in ("unavailable", "measure_", "adamw_"):
+    for name in ("unavailable", "measure_", "prepare_adamw_"):
         assert inspect.signature(getattr(backend, name)) == inspect.signature(getattr(reference, name))

@@ -109,7 +109,7 @@ def adamw(grad: str, param: str, flat: bool, options: bool = False) -> None:
     visits = plan(grads, flat)
     state = states(visits, options)
     scalar = torch.ones(1) if options else None
-    backend.adamw_(
+    backend.prepare_adamw_(
         tensors(param, flat),
         grads,
         tensors("fp32", flat),
@@ -132,7 +132,7 @@ def adamw(grad: str, param: str, flat: bool, options: bool = False) -> None:
         zero_grad=options,
         maximize=options,
         sums=True,
-    )
+    )()
 
 
 def reduce_many() -> None:
