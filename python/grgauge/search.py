@@ -311,8 +311,8 @@ class Policy(Moves):
 
     def _too_low(self, gr_t: float, reach: float, evidence: Evidence) -> Decision:
         s, old = self._state, self._config
-        if s.hurt and not s.climbed and s.age >= 15 and s.steps <= 50:
-            self._cap(old.lr)
+        # Once: with small batches a first loss low by chance is enough to look hurt.
+        if s.hurt and not s.climbed and s.rival_lr is None and s.age >= 15 and s.steps <= 50:
             return self._restart(old.lr / 30.0, old.batch_size, "hurt by its first steps: again, from below", evidence)
         # GR_T climbs with time, and its target belongs to iteration 50: the nearer, the more patience
         patience = 50 if s.found else 8 + 2 * gr_t

@@ -299,6 +299,20 @@ def test_weights_hurt_by_their_first_steps_are_given_up_rather_than_pushed_on():
     assert raised.config.lr > CONFIG.lr
 
 
+def test_a_first_loss_low_by_chance_costs_one_restart_and_no_more():
+    """With small batches the losses behind it then look like harm, at any learning rate."""
+    policy, config, moves = Policy(), CONFIG, []
+    for _ in range(3):
+        policy.observe(None, config, loss=0.3)
+        decision = watch(policy, config, losses=[0.55 - 0.005 * i for i in range(20)], gr_t=3.0)
+        moves.append(decision)
+        config = decision.config
+        if decision.reuse:
+            break
+    assert [move.reuse for move in moves] == [False, True]
+    assert moves[1].config.lr > moves[0].config.lr
+
+
 # --- a loss that stalls ----------------------------------------------------------------------------------------------
 
 
