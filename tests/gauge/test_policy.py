@@ -313,6 +313,16 @@ def test_a_first_loss_low_by_chance_costs_one_restart_and_no_more():
     assert moves[1].config.lr > moves[0].config.lr
 
 
+def test_a_batch_of_one_which_reads_1_whatever_the_noise_is_grows_step_by_step():
+    policy, config = Policy(), Config(1e-3, 1)
+    policy.observe(None, config, loss=2.3)
+    losses = [2.0 - 0.05 * i for i in range(20)]
+    decision = watch(policy, config, losses=losses, batch_size=1, gr_s=1.0, gr_s_error=0.0, noise_scale=None)
+    assert isinstance(decision, Retune)
+    assert decision.config.batch_size == 4
+    assert decision.evidence.quantity == "GR_S"
+
+
 # --- a loss that stalls ----------------------------------------------------------------------------------------------
 
 
