@@ -106,6 +106,8 @@ class Moves:
     def _follow(self, config: Config) -> None:
         s, seen = self._state, [config.lr, config.batch_size, config.weight_decay]
         if s.config != seen:
+            if s.config is not None and s.config[:2] != seen[:2]:
+                s.test = None  # what was on trial is not what runs
             s.config = seen
             self._begin()
 

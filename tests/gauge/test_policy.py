@@ -323,6 +323,16 @@ def test_a_batch_of_one_which_reads_1_whatever_the_noise_is_grows_step_by_step()
     assert decision.evidence.quantity == "GR_S"
 
 
+def test_a_trial_ends_where_somebody_else_changes_the_configuration():
+    """A weight decay that follows the learning rate is no such change."""
+    policy = Policy()
+    state = policy.state_dict() | {"config": [2e-3, 64, 0.01], "test": [1e-3, 64, 1.0, 0.01]}
+    for config, kept in ((Config(2e-3, 64, 0.005), True), (Config(5e-4, 64, 0.01), False)):
+        policy.load_state_dict(state)
+        policy.observe(None, config, loss=1.0)
+        assert (policy.state_dict()["test"] is not None) == kept
+
+
 # --- a loss that stalls ----------------------------------------------------------------------------------------------
 
 
