@@ -129,8 +129,8 @@ class Autopilot(Training):
         decision, _ = self._observe()
         if decision is None:
             return
-        assert not isinstance(decision, Continue)
-        self.decisions.append(decision)
+        if not isinstance(decision, Continue):
+            self.decisions.append(decision)
         figures = "no reading" if self.reading is None else _figures(self.reading)
         words = ""
         if isinstance(decision, Retune):

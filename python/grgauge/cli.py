@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--batch", type=_whole_range, default=(8, 512), metavar="LOW:HIGH", help="in samples (default: 8:512)"
     )
+    tune.add_argument(
+        "--weight-decay",
+        type=_decays,
+        metavar="LOW:HIGH",
+        help="held in the middle, as gauges do not read it; the verdict says whether that matters (default: the "
+        "function's own)",
+    )
     tune.add_argument("--budget", type=_samples, help=f"in all, as 200000samples (with --demo: {DEMO_BUDGET}samples)")
     tune.add_argument("--start", type=_start, metavar="LR:BATCH", help="where to begin (default: below the middle)")
     tune.add_argument("--storage", default="grgauge.db", help="SQLite file or Optuna URL (default: grgauge.db)")
@@ -185,6 +192,10 @@ def _whole_range(argument: str) -> tuple[int, int]:
     if not (low.is_integer() and high.is_integer()):
         raise argparse.ArgumentTypeError(f"{argument} is no range of samples; both ends must be whole numbers")
     return int(low), int(high)
+
+
+def _decays(argument: str) -> tuple[float, float]:
+    return _range(argument if ":" in argument else f"{argument}:{argument}")
 
 
 def _samples(argument: str) -> int:
@@ -327,6 +338,7 @@ def _tune(options: argparse.Namespace) -> int:
     import optuna
 
     from . import progress
+    from .invariance import Space
     from .policy import Config
     from .search import Policy
     from .tuner import tune
@@ -341,12 +353,13 @@ def _tune(options: argparse.Namespace) -> int:
     else:
         train, name = _function(options.target)
     shown = progress.tune_live(budget) if live else nullcontext(lambda trial: None)
+    space = {"lr": options.lr, "batch_size": options.batch}
     try:
         # With --json what the function prints goes elsewhere.
         with redirect_stdout(sys.stderr) if options.json else nullcontext(), shown as on_step:
             result = tune(
                 train,
-                {"lr": options.lr, "batch_size": options.batch},
+                space if options.weight_decay is None else Space(**space, weight_decay=options.weight_decay),
                 budget=budget,
                 storage=options.storage,
                 study_name=options.study or name,

@@ -39,6 +39,7 @@ __all__ = [
     "gamma",
     "regime",
     "time_scale",
+    "unsearched",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -228,12 +229,23 @@ class Space:
     batch_size: Range = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("lr", 0.0), ("weight_decay", 0.0), ("batch_size", 1.0)):
+        for (name, (low, high)), least in zip(self.ends.items(), (0.0, 0.0, 1.0), strict=True):
             value = getattr(self, name)
-            low, high = _ends(value)
             closed = name == "batch_size" or (name == "weight_decay" and low == high)
             must = f"{'at least' if closed else 'above'} {least:g}, a number or (low, high)"
             require((low >= least if closed else low > least) and low <= high < math.inf, name, value, must)
+
+    @property
+    def ends(self) -> dict[str, tuple[float, float]]:
+        """The least and the largest of each, by name."""
+        named = {"lr": self.lr, "weight_decay": self.weight_decay, "batch_size": self.batch_size}
+        return {name: _ends(value) for name, value in named.items()}
+
+    @property
+    def decay(self) -> float:
+        """The geometric middle of the weight decays, which a search along another dimension holds."""
+        low, high = _ends(self.weight_decay)
+        return low if low == high else math.sqrt(low * high)
 
     @property
     def gamma(self) -> tuple[float, float]:
@@ -287,7 +299,7 @@ class Line:
         require(inside, "value", value, f"a {self.salient} between {low:.4g} and {high:.4g}")
         least, most = _ends(self.space.batch_size)
         require(least <= batch_size <= most, "batch_size", batch_size, f"between {least:g} and {most:g}")
-        decay = math.sqrt(math.prod(_ends(self.space.weight_decay)))
+        decay = self.space.decay
         if self.salient == "lr":
             return Config(value, batch_size, decay)
         slowest, fastest = _ends(self.space.lr)
@@ -297,6 +309,23 @@ class Line:
     def value(self, config: Config) -> float:
         """Where on the line a configuration lies, itself or one that is equivalent to it."""
         return config.lr if self.salient == "lr" else gamma(config.lr, _decay_of(config, "config"))
+
+
+def unsearched(config: Config, steps: float) -> str:
+    """What a search along the learning rate alone has left out, in words, where it ended.
+
+    steps  updates that the weights have had
+
+    Raises ValueError for a config without weight decay.
+    """
+    decay = _decay_of(config, "config")
+    found = regime(steps, gamma(config.lr, decay))
+    left_out = f"Weight decay was held at {decay:.3g}"
+    if found.salient == "lr":
+        return f"{left_out}, and need not be searched: {found.reason}"
+    if found.salient == "gamma":
+        return f"{left_out}, and its product with the learning rate is what counts: {found.reason}"
+    return f"{left_out}, and another one may do better: {found.reason}"
 
 
 # --- Weight decay when learning rate or batch change ------------------------------------------------------------------

@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from .invariance import Regime, equivalent
 from .losses import Losses
 from .policy import Config, Continue, Decision, Evidence, Retune, Stop
 from .theory import require
 
 Interval = tuple[float, float]
+
+SAME_LR = Regime("lr", 0.0, "weight decay is the same")
+
+REPEAT = "repeat"
+"""The rule by which a trial is not run that would be equivalent to one before; told once of each trial."""
 
 
 @dataclass
@@ -43,6 +49,8 @@ class State:
     losses: Losses = field(default_factory=Losses)
     rival: Losses = field(default_factory=Losses)  # of the weights abandoned last
     rival_lr: float | None = None  # their learning rate, carried over to a batch of 1
+    begun: list[list[Any]] = field(default_factory=list)  # configurations that untrained weights began at
+    spared: bool = False  # a trial equivalent to one of them, and it has been said
 
 
 class Moves:
@@ -109,6 +117,7 @@ class Moves:
             if s.config is not None and s.config[:2] != seen[:2]:
                 s.test = None  # what was on trial is not what runs
             s.config = seen
+            s.begun = s.begun or [seen]
             self._begin()
 
     def _begin(self) -> None:
@@ -145,6 +154,19 @@ class Moves:
         s.losses.cut(s.samples)
         return self._book(*self._fit(lr, batch), reason, evidence, reuse=True, rollback=True)
 
+    def _lower(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:
+        """From untrained weights at a lower learning rate, if that is not what has been run already.
+
+        Weight decay being what it was, such a run is equivalent where learning rate and batch are, whatever the regime.
+        """
+        fitted = Config(*self._fit(lr, batch), 0.0)
+        known = [Config(lr, batch, 0.0) for lr, batch, _ in self._state.begun]
+        if any(equivalent(fitted, other, SAME_LR) for other in known):
+            why = f"{reason}, but {fitted} is equivalent to a trial that was run, and not run again"
+            said, self._state.spared = self._state.spared, True
+            return Continue(why, evidence if said else replace(evidence, rule=REPEAT))
+        return self._restart(lr, batch, reason, evidence)
+
     def _restart(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:
         """To another configuration from untrained weights."""
         s, old = self._state, self._config
@@ -160,6 +182,7 @@ class Moves:
             peak=s.peak,
             rival=s.losses,
             rival_lr=rival_lr,
+            begun=[*s.begun, [lr, size, old.weight_decay]],
         )
         return self._book(lr, size, reason, evidence, reuse=False)
 

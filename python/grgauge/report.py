@@ -198,7 +198,8 @@ def _row(trial: Trial, study: Study, decays: bool) -> str:
     ]
     first, rest = trial.reason[:180], trial.reason[180:]
     reason = _rich(first) if not rest else f"<details><summary>{_rich(first)}…</summary>…{_rich(rest)}</details>"
-    evidence = charts.tag("small", _rich(numerals.clip(trial.evidence, 240))) if trial.evidence else ""
+    asides = [words for words in (trial.evidence, *trial.notes) if words]
+    evidence = "".join(charts.tag("small", _rich(numerals.clip(words, 240))) for words in asides)
     return charts.tag(
         "tr",
         charts.tag("th", f"{trial.number}{' ★' if best else ''}", scope="row", class_=study.hues[trial.number]),

@@ -302,7 +302,7 @@ class Policy(Moves):
             # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
             self._cap(self._config.lr)
             lr = self._config.lr / (30.0 if s.hurt else 6.0)
-            return self._restart(lr, self._config.batch_size, "started too high: again, from below", evidence)
+            return self._lower(lr, self._config.batch_size, "started too high: again, from below", evidence)
         if gr_t / reach > high:
             return self._plateau() or self._too_high(reading, gr_t, evidence)
         unseen = _known(reading.gr_s_error) and (reading.gr_s or 0.0) + self._z * (reading.gr_s_error or 0.0) > 1.0
@@ -314,7 +314,7 @@ class Policy(Moves):
         s, old = self._state, self._config
         # Once: with small batches a first loss low by chance is enough to look hurt.
         if s.hurt and not s.climbed and s.rival_lr is None and s.age >= 15 and s.steps <= 50:
-            return self._restart(old.lr / 30.0, old.batch_size, "hurt by its first steps: again, from below", evidence)
+            return self._lower(old.lr / 30.0, old.batch_size, "hurt by its first steps: again, from below", evidence)
         # GR_T climbs with time, and its target belongs to iteration 50: the nearer, the more patience
         patience = 50 if s.found else 8 + 2 * gr_t
         trending = reach > 1.5 and s.age < 30

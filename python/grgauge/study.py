@@ -62,6 +62,7 @@ class Trial:
     start     samples that the study had cost when it began
     samples   its own cost
     evidence  the rule that ended it and the number it went by
+    notes     what happened on the way, in words
     losses    (samples, loss), samples as in `Point`
     """
 
@@ -77,6 +78,7 @@ class Trial:
     seconds: float = math.nan
     reason: str = UNKNOWN
     evidence: str = ""
+    notes: Sequence[str] = ()
     readings: Sequence[Point] = ()
     losses: Sequence[tuple[float, float]] = ()
 
@@ -284,6 +286,7 @@ def _trial(frozen: FrozenTrial, start: float) -> Trial:
         seconds=_number(said.get("seconds")),
         reason=": ".join(dict.fromkeys(filter(None, ends))) or UNKNOWN,
         evidence=_evidence(_mapping(said.get("decision"))),
+        notes=[_words(note) for note in _list(said.get("notes"))],
         readings=[point for point in readings if point.samples >= 0.0],
         losses=[(samples, loss) for samples, loss in losses if samples >= 0.0],
     )

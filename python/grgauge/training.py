@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import BatchSizeError, Data, source
 from .gauge import Gauge, _part
 from .invariance import Rule, decay_after
-from .moves import require_count
+from .moves import REPEAT, require_count
 from .optim import is_sharded
 from .policy import Config, Continue, Decision
 from .rates import highest_lr, peak_lr, scale, scale_decay
@@ -133,6 +133,11 @@ class Training:
             self.config = replace(self.config, weight_decay=max(decays))
         elif self.config.weight_decay is not None and any(decays):
             scale_decay(optimizer, self.config.weight_decay / max(decays))
+        elif self.config.weight_decay:
+            raise TrainingError(
+                f"weight_decay is to be {self.config.weight_decay:.3g}, and the {type(optimizer).__name__} has none to "
+                "scale: make it with one above 0 in the groups that are to decay"
+            )
 
     def batches(self, data: Data) -> Iterator[Any]:
         """Batches for one backward pass each, shuffled anew every epoch, until training ends. Call `step` for each.
@@ -256,7 +261,8 @@ class Training:
     def _observe(self, due: bool = False) -> tuple[Decision | None, Reading | None]:
         """What rank 0's policy decides, and the reading if it is a new one. To go on is None, unless `due` on rank 0.
 
-        One decides and tells the others: a rank that stopped alone would leave them waiting for its gradients.
+        One decides and tells the others: a rank that stopped alone would leave them waiting for its gradients. A trial
+        that was spared is told, too.
         """
         newest = self._newest
         fresh = newest if newest is not self.reading else None
@@ -266,7 +272,7 @@ class Training:
             decision = self.policy.observe(
                 newest, self.config, loss=self.loss, samples=self.samples, lr_factor=self._lr_factor
             )
-            if isinstance(decision, Continue) and not due:
+            if isinstance(decision, Continue) and not due and decision.evidence.rule != REPEAT:
                 decision = None
         return self.world.told(decision, self._device), fresh
 

@@ -51,6 +51,7 @@ class Segment:
     readings       {samples, step, gr_t, gr_t_error, settled, gr_s, gr_s_error, noise_scale, grad_norm, ready} each
     losses         [samples, mean loss since the point before] each; `samples` here and in readings are the study's
                    total then, counted from where `start_samples` is
+    notes          what happened on the way, in words
     reason         why it ended, in words
     decision       {"kind": "continue" | "retune" | "stop" | "fail", "rule": name, "evidence": {...}}
     state          of Optuna's trial, None while it runs
@@ -67,6 +68,7 @@ class Segment:
     seconds: float = 0.0
     readings: list[dict[str, Any]] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     reason: str = ""
     decision: dict[str, Any] = field(default_factory=dict)
     state: str | None = None
@@ -215,7 +217,10 @@ class Trials:
         }
         if segment.weight_decay is not None:
             params["weight_decay"] = segment.weight_decay
-            ranges["weight_decay"] = FloatDistribution(0.0, max(1.0, segment.weight_decay))
+            lowest, highest = space.get("weight_decay", (0.0, 1.0))
+            ranges["weight_decay"] = FloatDistribution(
+                min(lowest, segment.weight_decay), max(highest, segment.weight_decay), log=lowest > 0.0
+            )
         for trial in self._trials():
             if trial.state == TrialState.RUNNING:
                 if trial.params == params and trial.user_attrs.get("start_samples") == segment.start_samples:
@@ -263,7 +268,7 @@ class Trials:
         return [
             Segment(
                 **{"weight_decay": None, **trial.params},
-                **{name: value for name, value in trial.user_attrs.items() if name in names},
+                **{name: value for name, value in trial.user_attrs.items() if name in names},  # none of older versions
                 number=trial.number,
                 state=None if trial.state.name == "RUNNING" else trial.state.name,
                 last=[trial.value]

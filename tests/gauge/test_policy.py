@@ -313,6 +313,28 @@ def test_a_first_loss_low_by_chance_costs_one_restart_and_no_more():
     assert moves[1].config.lr > moves[0].config.lr
 
 
+def test_what_is_equivalent_to_a_trial_before_is_not_begun_again():
+    """Started too high, where nothing lower is allowed. From elsewhere the same start is one like any other."""
+
+    def decisions(policy, config, first):
+        policy.observe(None, config, loss=2.3)
+        for i in range(7):
+            reading = replace(READING, step=first + EVERY * i, gr_t=60.0, gr_t_error=2.0)
+            yield policy.observe(reading, config, loss=2.9 - 0.02 * i)
+
+    bounds = {"lr_bounds": (1e-3, 1.0)}
+    fixed = list(decisions(Policy(**bounds), CONFIG, 5))
+    assert all(isinstance(decision, Continue) for decision in fixed)
+    assert [decision.evidence.rule for decision in fixed].count("repeat") == 1
+    assert any("lr 1.00e-03, batch 64 is equivalent to a trial that was run" in str(decision) for decision in fixed)
+    policy = Policy(**bounds)
+    moved = next(d for d in decisions(policy, replace(CONFIG, lr=4e-3), 5) if isinstance(d, Retune))
+    assert (moved.config.lr, moved.reuse) == (1e-3, False)
+    again = list(decisions(policy, moved.config, 5))
+    assert not any(isinstance(decision, Retune) and not decision.reuse for decision in again)
+    assert [decision.evidence.rule for decision in again].count("repeat") == 1
+
+
 def test_a_batch_of_one_which_reads_1_whatever_the_noise_is_grows_step_by_step():
     policy, config = Policy(), Config(1e-3, 1)
     policy.observe(None, config, loss=2.3)

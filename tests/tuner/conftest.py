@@ -57,9 +57,15 @@ def go(tmp_path, empty):
 
     def go(train, *, orders=None, told=None, **changes):
         made = told or (None if orders is None else Told(orders))
-        settings = {"budget": 1024, "storage": tmp_path / "run.db", "checkpoint_every": 1000.0, **changes}
+        settings = {
+            "space": SPACE,
+            "budget": 1024,
+            "storage": tmp_path / "run.db",
+            "checkpoint_every": 1000.0,
+            **changes,
+        }
         if made is not None:
             settings["policy"] = lambda **bounds: made
-        return tune(train, SPACE, **settings)
+        return tune(train, **settings)
 
     return go
