@@ -18,7 +18,7 @@ import math
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ from turns import append, origin
 
 from grgauge import AdamW, Autopilot, Config, Continue, Policy, TrainingError, Trial, tune
 from grgauge.demo import CONTEXT, CharTransformer, Text
+from grgauge.invariance import Rule, Space
 from grgauge.policy import Evidence
 
 CSV = Path(__file__).parent / "results" / "starts.csv"
@@ -168,7 +169,9 @@ class _Arrived(BaseException):
     """Enough has been seen: leaves the training function. No Exception, which tune() would take for a failure."""
 
 
-def tuned(task: Task, config: Config, mark: float) -> Start:
+def tuned(
+    task: Task, config: Config, mark: float, space: Mapping[str, Any] | Space = SPACE, decay: Rule = "decay"
+) -> Start:
     """From one start until the mark is met."""
     looked, final = 0, math.nan
     seen: list[Trial] = []
@@ -190,7 +193,15 @@ def tuned(task: Task, config: Config, mark: float) -> Start:
     arrived = None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tune(train, SPACE, budget=LIMIT * task.samples, storage=Path(folder) / "run.db", start=config, on_step=look)
+            tune(
+                train,
+                space,
+                budget=LIMIT * task.samples,
+                storage=Path(folder) / "run.db",
+                start=config,
+                decay=decay,
+                on_step=look,
+            )
         except _Arrived:
             arrived = looked
         except TrainingError as error:  # a start that failed has not arrived; say why
