@@ -57,7 +57,7 @@ segment's error is known if it holds most of the sample, and a thousand segments
 
 FEWEST, MOST = 4, 32
 """Replicates of one sampled segment. From FEWEST the spread has three degrees of freedom; those of many segments add
-up. It gets as many blocks at least."""
+up. It gets as many blocks at least, and one where no errors are wanted."""
 
 CERTAIN_SHARE = 0.5
 """Of a sampled segment's blocks, at most, that are taken for certain."""
@@ -107,12 +107,18 @@ def block_hash(seed: int, segment: int, blocks: int) -> npt.NDArray[np.uint64]:
         return _mixed(start + np.arange(1, blocks + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def kept_blocks(sizes: Sequence[int] | Ints, sample: int, block: int = BLOCK, whole_share: float = WHOLE_SHARE) -> Ints:
+def kept_blocks(
+    sizes: Sequence[int] | Ints,
+    sample: int,
+    block: int = BLOCK,
+    whole_share: float = WHOLE_SHARE,
+    fewest: int = FEWEST,
+) -> Ints:
     """How many blocks of each segment a budget of `sample` elements buys, int64 [segments].
 
     Segments of up to 8 blocks are taken whole; larger ones too, from the smallest on, for `whole_share` of the budget.
-    The rest goes to the others in proportion to their size, FEWEST blocks at least. Rounding and that minimum may
-    exceed the budget by FEWEST blocks a segment, small segments by their size.
+    The rest goes to the others in proportion to their size, `fewest` blocks at least. Rounding and that minimum may
+    exceed the budget by `fewest` blocks a segment, small segments by their size.
     """
     numel = np.asarray(sizes, dtype=np.int64)
     blocks = -(-numel // block)
@@ -123,7 +129,7 @@ def kept_blocks(sizes: Sequence[int] | Ints, sample: int, block: int = BLOCK, wh
     whole = numel <= largest
     left, others = max(0, sample - int(numel[whole].sum())), int(numel[~whole].sum())
     share = min(1.0, left / others) if others else 1.0
-    kept = np.maximum(np.rint(share * blocks).astype(np.int64), FEWEST)
+    kept = np.maximum(np.rint(share * blocks).astype(np.int64), fewest)
     return np.where(whole, blocks, np.minimum(kept, blocks))
 
 
@@ -171,7 +177,8 @@ def choose(
     or more blocks.
     """
     numel = np.asarray(sizes, dtype=np.int64)
-    blocks, kept = -(-numel // block), kept_blocks(numel, sample, block, whole_share)
+    fewest = FEWEST if replicates or certain is not None else 1
+    blocks, kept = -(-numel // block), kept_blocks(numel, sample, block, whole_share, fewest)
     most = most_certain(blocks, kept)
     if certain is not None and len(certain) != len(numel):
         raise ValueError(

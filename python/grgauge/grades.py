@@ -110,8 +110,10 @@ class GradES:
     warmup       steps before the level is taken; None: a tenth of total_steps
     every        steps between readings; between them nothing is computed. At least 2 with "delta", which looks at two
     sample       elements looked at, per rank; at least a block of each matrix, and small ones whole. None: so many that
-                 the state that "delta" keeps has 1 % of the size of the monitored parameters, at most 2^24
+                 the state that "delta" keeps has 0.5 % of the size of the monitored parameters, at most 2^24
     seed         which elements a sample takes
+    enough       share of the monitored elements that has to be frozen for `done`. 1: all, as in the paper; with less,
+                 a last matrix that never comes to rest holds nothing up
 
     Raises ValueError for a number out of range, for `modules` that match nothing, and for matrices on different device
     meshes; TypeError for LBFGS, whose steps are no parameter's own.
@@ -134,6 +136,7 @@ class GradES:
         every: int = 10,
         sample: int | None = None,
         seed: int = 0,
+        enough: float = 1.0,
     ) -> None:
         for name, word, words in (("metric", metric, get_args(Metric)), ("scale", scale, get_args(Scale))):
             if word not in words:
@@ -147,6 +150,8 @@ class GradES:
             raise ValueError(f"tau is {tau}; it must be above 0 and finite")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
+        if not 0.0 < enough <= 1.0:
+            raise ValueError(f"enough is {enough}; it must lie in (0, 1]")
         least_every = 2 if metric == "delta" else 1
         warmup = math.ceil(total_steps / 10) if warmup is None else warmup
         for name, value, least in (
@@ -161,7 +166,7 @@ class GradES:
         if thaw is not None and not thaw > tau:
             raise ValueError(f"thaw is {thaw}; it must be above tau = {tau}, or None")
         self.tau, self.thaw, self.metric, self.scale = tau, thaw, metric, scale
-        self.patience, self.warmup, self.every = patience, warmup, every
+        self.patience, self.warmup, self.every, self.enough = patience, warmup, every, enough
         self.grace = math.ceil(alpha * total_steps)
         self.history: list[MatrixReading] = []
         self._model, self._optimizer = model, optimizer
@@ -201,8 +206,9 @@ class GradES:
 
     @property
     def done(self) -> bool:
-        """True if all monitored matrices are frozen: the signal to stop. The same on all ranks."""
-        return all(matrix.frozen is not None for matrix in self._matrices)
+        """True if all monitored matrices are frozen, or `enough`: the signal to stop. The same on all ranks."""
+        frozen = sum(matrix.numel for matrix in self._matrices if matrix.frozen is not None)
+        return frozen >= self.enough * sum(matrix.numel for matrix in self._matrices)
 
     def remove(self) -> None:
         """Unhook from optimizer and model; what was frozen can be trained again."""
@@ -279,7 +285,7 @@ class GradES:
             reading, self._pending = self._pending, None
             if self._decide(reading.step, reading.values()):
                 self._apply(self._probing)
-        if self._measures(self._step) and (self._probing or not self.done):
+        if self._measures(self._step) and (self._probing or len(self.frozen) < len(self._matrices)):
             self._measure()
         self._drop_gradients()
         probing = self._probes(self._step + 1)
@@ -599,7 +605,7 @@ def _buckets(matrices: list[_Matrix], sample: int | None, seed: int) -> list[_Bu
     local = [_local(p) for matrix in matrices for p in matrix.params]
     total = max(1, sum(t.numel() for t in local))
     if sample is None:
-        budget = sum(t.numel() * t.element_size() for t in local) // 100
+        budget = sum(t.numel() * t.element_size() for t in local) // 200
         sample = min(LARGEST_SAMPLE, budget // torch.float32.itemsize)
     share = min(1.0, sample / total)
     return [_Bucket(params, owners, share, seed) for params, owners in alike.values()]

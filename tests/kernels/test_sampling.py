@@ -101,17 +101,17 @@ def test_any_run_of_blocks_is_dealt_to_as_many_replicates(seed, kept, replicates
         assert run.max() < replicates
 
 
-@given(sizes=SIZES, sample=st.integers(1, 200 * BLOCK))
-def test_the_budget_is_met_within_rounding(sizes, sample):
-    kept = kept_blocks(sizes, sample)
+@given(sizes=SIZES, sample=st.integers(1, 200 * BLOCK), fewest=st.sampled_from([1, FEWEST]))
+def test_the_budget_is_met_within_rounding(sizes, sample, fewest):
+    kept = kept_blocks(sizes, sample, fewest=fewest)
     blocks = -(-np.array(sizes) // BLOCK)
     small = np.array(sizes) <= WHOLE
     assert (kept[small] == blocks[small]).all()
-    assert (kept >= np.minimum(blocks, FEWEST)).all()
+    assert (kept >= np.minimum(blocks, fewest)).all()
     assert (kept <= blocks).all()
     visited = sum(min(k * BLOCK, n) for k, n in zip(kept.tolist(), sizes, strict=True))
     exempt = sum(n for n in sizes if n <= WHOLE)
-    assert visited <= max(sample, exempt) + FEWEST * BLOCK * int((~small).sum())
+    assert visited <= max(sample, exempt) + fewest * BLOCK * int((~small).sum())
     if sample >= sum(sizes):
         assert visited == sum(sizes)
     elif exempt <= sample:
@@ -128,6 +128,12 @@ def test_shares_follow_sizes_and_equal_segments_are_treated_alike():
         kept_blocks([4000 * BLOCK, 100 * BLOCK, 100 * BLOCK], round(200 * BLOCK / WHOLE_SHARE)).tolist()[1:]
         == [100] * 2
     )
+
+
+def test_only_errors_ask_for_more_than_a_block_of_each():
+    bucket = gk.Bucket([torch.empty(64 * BLOCK), torch.empty(64 * BLOCK)])
+    assert bucket.plan(sample=1).numel == 2 * BLOCK
+    assert bucket.plan(sample=1, replicates=8).numel == 2 * FEWEST * BLOCK
 
 
 @settings(deadline=None)
