@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .estimators import Groups, gr_s, two_batch
-from .optim import AdamW, BucketSums, is_sharded, unwrapped
+from .optim import AdamW, unwrapped
+from .part import BucketSums, is_sharded
 from .reading import Reading
 from .smoothing import CriticalPeriod, Spatial, Temporal
 from .sources import FusedSource, OwnSource, Sample

@@ -7,10 +7,8 @@ arXiv 2509.01842v3, Eq. 1 and Algorithm 1.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,27 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grgauge_kernels as gk
 
+from .matrix import Matrix, Scale, monitored
 from .optim import unwrapped
+from .part import local
 from .transfer import Transfer
 
 Metric = Literal["delta", "norm"]
-Scale = Literal["level", "element", "matrix"]
 
 COLUMN: dict[Metric, int] = {"delta": gk.STATS.index("delta_abs"), "norm": gk.STATS.index("grad_abs")}
 GRAD_ABS, NONFINITE = gk.STATS.index("grad_abs"), gk.STATS.index("nonfinite")
-
-LEVEL_READINGS = 5
-"""Readings whose mean is a matrix's early level: single ones scatter by a few per cent from batch to batch."""
 
 PROBE = 4
 """With `thaw`, every how many readings the frozen matrices are read as well."""
 
 LARGEST_SAMPLE = 2**24
 """Elements, 64 MiB of state: what is sampled of the largest models."""
-
-LORA = re.compile(r"lora_([ab])(?=\.|$)", re.IGNORECASE)
-WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))
-"""What torch.compile and checkpoint wrappers put into the names of modules."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ class GradES:
         self.grace = math.ceil(alpha * total_steps)
         self.history: list[MatrixReading] = []
         self._model, self._optimizer = model, optimizer
-        self._matrices = _monitored(model, optimizer, modules)
+        self._matrices = monitored(model, optimizer, modules)
         self._groups = _process_groups(model, [p for matrix in self._matrices for p in matrix.params])
         self._buckets = _buckets(self._matrices, sample, seed)
         self._step = 0
@@ -377,71 +369,6 @@ class _Pending:
     values: Callable[[], list[float]]
 
 
-@dataclass
-class _Matrix:
-    """One weight matrix or LoRA pair.
-
-    params  its parameters
-    owners  the modules that hold them, and under which names; several where weights are tied
-    frozen  the step whose reading froze it
-    below   readings in a row below tau
-    early   the readings that its level is the mean of
-    """
-
-    name: str
-    params: list[nn.Parameter] = field(default_factory=list)
-    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
-    frozen: int | None = None
-    below: int = 0
-    early: list[float] = field(default_factory=list)
-    _halted: bool = False
-    _detours: list[Any] = field(default_factory=list)
-
-    @property
-    def numel(self) -> int:
-        return sum(p.numel() for p in self.params)
-
-    @property
-    def level(self) -> float | None:
-        return sum(self.early) / LEVEL_READINGS if len(self.early) == LEVEL_READINGS else None
-
-    def in_units_of(self, scale: Scale, value: float) -> float:
-        """A mean over elements in the units of tau; NaN as long as there is no level."""
-        if scale == "level":
-            return value / self.level if self.level else math.nan
-        return value if scale == "element" else value * self.numel
-
-    def drop_gradients(self) -> None:
-        for p in self.params:
-            p.grad = None
-
-    def halt(self, detour: bool | None = None) -> None:
-        """Compute no gradient from the next forward on."""
-        if self._halted:
-            return
-        self._halted = True
-        if detour is None:
-            # FSDP2 asks for requires_grad anew in every forward, DDP once. A module inside DDP cannot be told from one
-            # that is not.
-            detour = _many_ranks() and not any(hasattr(p, "device_mesh") for p in self.params)
-        if detour:
-            self._detours = [hook for owner in self.owners for hook in _detour(*owner)]
-            return
-        for p in self.params:
-            p.requires_grad_(False)
-
-    def resume(self) -> None:
-        """Compute the gradient again."""
-        if not self._halted:
-            return
-        self._halted = False
-        for hook in self._detours:
-            hook.remove()
-        self._detours = []
-        for p in self.params:
-            p.requires_grad_(True)
-
-
 class _Bucket:
     """The monitored parameters of one device and dtype; under FSDP2 this rank's shards of them.
 
@@ -450,7 +377,7 @@ class _Bucket:
 
     def __init__(self, params: list[nn.Parameter], owners: list[int], share: float, seed: int) -> None:
         self.params, self.owners = params, np.array(owners, dtype=np.int64)
-        self._bucket = gk.Bucket([_local(p) for p in params])
+        self._bucket = gk.Bucket([local(p) for p in params])
         self._sample, self._seed = max(1, round(share * self._bucket.numel)), seed
         self._sizes = torch.tensor(self._bucket.sizes, dtype=torch.float64, device=self._bucket.device)
         self._skipped: frozenset[int] | None = None
@@ -475,7 +402,7 @@ class _Bucket:
         if metric == "delta" and self._previous is None:
             self._previous = torch.zeros(self._plan.numel, device=device)
         # A missing gradient has its parameter as a stand-in of the right size.
-        grads = [_local(p if p.grad is None else p.grad) for p in self.params]
+        grads = [local(p if p.grad is None else p.grad) for p in self.params]
         inv_scale = None if scale is None else scale.to(device).float().reciprocal()
         self._stats = gk.measure_(grads, self._plan, previous=self._previous, inv_scale=inv_scale)
         self._broken_before, self._broken = self._broken, self._stats[:, NONFINITE].clone()
@@ -504,108 +431,17 @@ class _Bucket:
             self._previous, self._broken = (t.to(self._bucket.device, copy=True) for t in filled)
 
 
-class _Touch(torch.autograd.Function):
-    """x, with an edge to a weight along which an undefined gradient goes: DDP then takes the weight for done."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def _detour(module: nn.Module, name: str) -> tuple[Any, Any]:
-    """Have a module compute with a detached weight; returns the two hooks that do it."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        if not values:
-            return None
-        weight = module._parameters[name]
-        assert weight is not None
-        module.__dict__[name] = weight.detach()  # found before the parameter, which stays where it is
-        x = values[0]
-        touched = _Touch.apply(x, weight)
-        # Self-attention tells by identity that query, key and value are one.
-        args = tuple(touched if v is x else v for v in args)
-        return args, {key: touched if v is x else v for key, v in kwargs.items()}
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        module.__dict__.pop(name, None)
-
-    return (
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, always_call=True),
-    )
-
-
-def _monitored(model: nn.Module, optimizer: torch.optim.Optimizer, modules: str) -> list[_Matrix]:
-    """The matrices that `modules` names. Raises ValueError if there is none."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, p in module.named_parameters(recurse=False):
-            owners.setdefault(id(p), []).append((module, attribute))
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    inside = _inside_blocks(model)
-    matrices: dict[str, _Matrix] = {}
-    automatic: set[str] = set()
-    for qualified, p in model.named_parameters():
-        if id(p) not in trained or p.dim() < 2 or p.numel() == 0:
-            continue
-        parts = [part for part in qualified.split(".") if part not in WRAPPERS]
-        name = LORA.sub("lora", ".".join(parts)).removesuffix(".weight")
-        matrix = matrices.setdefault(name, _Matrix(name))
-        matrix.params.append(p)
-        matrix.owners += owners[id(p)]
-        if p.dim() == 2 and all(
-            id(module) in inside
-            and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            and (attribute.endswith("weight") or LORA.fullmatch(attribute))
-            for module, attribute in owners[id(p)]
-        ):
-            automatic.add(name)
-    if modules == "auto":
-        found = [matrix for name, matrix in matrices.items() if name in automatic]
-    else:
-        try:
-            found = [matrix for name, matrix in matrices.items() if re.search(modules, name)]
-        except re.error as error:
-            raise ValueError(f"modules is {modules!r}; it must be 'auto' or a regular expression: {error}") from error
-    if not found:
-        names = ", ".join(matrices) or "none"
-        hint = "no 2-D weights inside repeated blocks; give a regular expression" if modules == "auto" else "no matrix"
-        raise ValueError(f"modules is {modules!r} and matches {hint}. The matrices that the optimizer trains: {names}")
-    return found
-
-
-def _inside_blocks(model: nn.Module) -> set[int]:
-    """ids of all modules inside repeated blocks."""
-    inside: set[int] = set()
-    for container in model.modules():
-        if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            blocks = [child for child in container.children() if any(True for _ in child.children())]
-            kinds = Counter(map(type, blocks))
-            for block in blocks:
-                # A list is there to be gone through, however long; in other containers it takes two to be a pattern.
-                if isinstance(container, nn.ModuleList) or kinds[type(block)] > 1:
-                    inside.update(map(id, block.modules()))
-    return inside
-
-
-def _buckets(matrices: list[_Matrix], sample: int | None, seed: int) -> list[_Bucket]:
+def _buckets(matrices: list[Matrix], sample: int | None, seed: int) -> list[_Bucket]:
     alike: dict[tuple[torch.device, torch.dtype], tuple[list[nn.Parameter], list[int]]] = {}
     for i, matrix in enumerate(matrices):
         for p in matrix.params:
             params, owners = alike.setdefault((p.device, p.dtype), ([], []))
             params.append(p)
             owners.append(i)
-    local = [_local(p) for matrix in matrices for p in matrix.params]
-    total = max(1, sum(t.numel() for t in local))
+    shards = [local(p) for matrix in matrices for p in matrix.params]
+    total = max(1, sum(t.numel() for t in shards))
     if sample is None:
-        budget = sum(t.numel() * t.element_size() for t in local) // 200
+        budget = sum(t.numel() * t.element_size() for t in shards) // 200
         sample = min(LARGEST_SAMPLE, budget // torch.float32.itemsize)
     share = min(1.0, sample / total)
     return [_Bucket(params, owners, share, seed) for params, owners in alike.values()]
@@ -620,12 +456,3 @@ def _process_groups(model: nn.Module, params: Sequence[Tensor]) -> list[Any]:
     if mesh is not None:
         return list(mesh.get_all_groups())
     return [model.process_group] if isinstance(model, DistributedDataParallel) else []
-
-
-def _local(t: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def _many_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import operator
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -19,8 +16,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 import grgauge_kernels as gk
 from grgauge_kernels.bucket import DTYPES, require_dense
-from grgauge_kernels.flat import FlatBucket, require_disjoint
-from grgauge_kernels.ops import prepare_adamw_
+from grgauge_kernels.flat import require_disjoint
+
+from .part import BucketSums, Gradients, Part, is_sharded
 
 ParamGroup = dict[str, Any]
 
@@ -29,22 +27,6 @@ _library = torch.library.Library("grgauge", "FRAGMENT")
 _library.define("observed(Tensor[] stats, Tensor[] steps, SymInt optimizer) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 _compiled: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
-
-
-@dataclass
-class BucketSums:
-    """What one step's kernel call saw of one bucket.
-
-    params  the parameters
-    plan    the chunks visited
-    stats   float64 [segments of the plan, 6], the columns named by grgauge_kernels.STATS; NaN if the step was skipped
-    steps   float32 [parameters], number of updates each parameter has had; changes in place with the next step
-    """
-
-    params: list[Tensor]
-    plan: gk.Plan
-    stats: Tensor
-    steps: Tensor
 
 
 class AdamW(torch.optim.Optimizer):
@@ -118,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         self._flat = flat
         self._backend = backend
         self._observers: list[Callable[[list[BucketSums]], None]] = []
-        self._parts: list[_Part] | None = None
+        self._parts: list[Part] | None = None
         self._outsiders: list[Tensor] = []  # frozen parameters without a gradient
         self._number = next(_numbers)
         super().__init__(params, defaults)
@@ -191,7 +173,7 @@ class AdamW(torch.optim.Optimizer):
     def _clip(
         self,
         max_norm: float,
-        parts: list[_Part],
+        parts: list[Part],
         grads: list[Gradients],
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -313,7 +295,7 @@ class AdamW(torch.optim.Optimizer):
                     alike.setdefault((p.device, p.dtype), []).append(p)
                 else:
                     self._outsiders.append(p)
-            parts += [_Part(group, params, self.state, self._flat) for params in alike.values()]
+            parts += [Part(group, params, self.state, self._flat) for params in alike.values()]
         collected = []
         for part in parts:
             grads = part.collect()
@@ -324,169 +306,11 @@ class AdamW(torch.optim.Optimizer):
         return collected
 
 
-Gradients = Sequence[Tensor]
-"""Of one part, as its kernel call is given them. Nobody keeps them beyond the step: set to None, they are gone."""
-
-
-class _Part:
-    """The parameters of one group that share a device and a dtype: one kernel call a step.
-
-    flat is None for loose tensors. `collect` must come before each step.
-    """
-
-    def __init__(self, group: ParamGroup, params: list[Tensor], state: dict[Tensor, Any], flat: bool) -> None:
-        self.group = group
-        self.params = params
-        self.sharded = any(map(is_sharded, params))
-        self.own = [local(p) for p in params]
-        first = self.own[0]
-        self.dtype, self.device = first.dtype, first.device
-        self.flat = FlatBucket(params) if flat else None
-        self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(self.own)
-        self.plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
-
-        saved = [state.get(p) or {"step": 0.0} for p in params]
-        self.steps = torch.tensor([float(s["step"]) for s in saved], device=first.device)
-        self.param_stream = self._stream(self.own, None if self.flat is None else self.flat.param)
-        self.exp_avgs, first_moments = self._moments([s.get("exp_avg") for s in saved])
-        self.exp_avg_sqs, second_moments = self._moments([s.get("exp_avg_sq") for s in saved])
-        for i, p in enumerate(params):
-            state[p] = {"step": self.steps[i], "exp_avg": first_moments[i], "exp_avg_sq": second_moments[i]}
-
-    @staticmethod
-    def _stream(loose: list[Tensor], flat: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(loose) if flat is None else (flat,)
-
-    def _moments(self, saved: list[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """float32 moments holding what was saved: the stream for the kernel, and a tensor for each parameter."""
-        if self.flat is None:
-            flat = None
-            tensors = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self.params]
-        else:
-            flat = torch.zeros_like(self.flat.param, dtype=torch.float32)
-            tensors = self.flat.views(flat)
-        for tensor, old in zip(tensors, saved, strict=True):
-            if old is not None:
-                tensor.copy_(old)
-        return self._stream([local(t) for t in tensors], flat), tensors
-
-    def collect(self) -> Gradients | None:
-        """This step's gradients. None if the parameters have changed dtype or device: then build anew.
-
-        Raises RuntimeError for a sparse gradient.
-        """
-        if self.flat is not None:
-            if not self.flat.intact():
-                if not self.flat.movable():
-                    return None
-                _say_taken_back(*self.flat.attach())
-            grads: list[Any] = [self.flat.grad]
-            missing = self.flat.missing
-        else:
-            if self.sharded and any(
-                local(p).data_ptr() != o.data_ptr() for p, o in zip(self.params, self.own, strict=True)
-            ):
-                return None
-            grads = list(map(_grad_of, self.params))
-            missing = tuple([i for i, grad in enumerate(grads) if grad is None])
-            if self.sharded:
-                grads = [None if grad is None else local(grad) for grad in grads]
-            for i in missing:
-                grads[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
-            if {*map(_dtype_of, grads)} != {self.dtype} or {*map(_device_of, grads)} != {self.device}:
-                return None
-            if {*map(_layout_of, grads)} != {torch.strided}:
-                raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
-            if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.own)):
-                grads = [_laid_out_like(p, g) for p, g in zip(self.own, grads, strict=True)]
-        if missing not in self.plans:
-            plan = self.bucket.plan(skip=missing)
-            present = torch.tensor([float(i not in missing) for i in range(len(self.params))])
-            self.plans = {missing: (plan, present.to(self.steps.device))}
-        self.plan, self.present = self.plans[missing]
-        self.missing = missing
-        return grads
-
-    def traced_grads(self) -> Gradients:
-        """What `collect` returned, in a compiled graph: the gradients of the day."""
-        grads = [p.grad for p in self.params]
-        # Always true; it is here for the compiler, which sees that the plan rests on it and guards it.
-        assert self.missing == tuple([i for i, grad in enumerate(grads) if grad is None])
-        return [p if grad is None else _laid_out_like(p, grad) for p, grad in zip(self.own, grads, strict=True)]
-
-    def measure(self, grads: Gradients, inv_scale: Tensor | None, backend: str | None) -> Tensor:
-        return gk.measure_(grads, self.plan, inv_scale=_on(self.steps.device, inv_scale), backend=backend)
-
-    def prepare(
-        self,
-        grads: Gradients,
-        inv_scale: Tensor | None,
-        found_inf: Tensor | None,
-        clip: Tensor | None,
-        sums: bool,
-        backend: str | None,
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """All of an update but what changes something: the arguments of `step`."""
-        group, device = self.group, self.steps.device
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device != device:
-            lr = float(lr)
-        inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
-        counted = self.present if found_inf is None else self.present * (1 - found_inf)
-        update = prepare_adamw_(
-            self.param_stream,
-            grads,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.plan,
-            step=self.steps,
-            lr=lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            inv_scale=inv_scale,
-            found_inf=found_inf,
-            clip=_on(device, clip),
-            maximize=group["maximize"],
-            sums=sums,
-            backend=backend,
-        )
-        return counted, update
-
-    def step(self, counted: Tensor, update: Callable[[], Tensor]) -> BucketSums:
-        self.steps.add_(counted)
-        try:
-            stats = update()
-        except BaseException:
-            self.steps.sub_(counted)  # no update was made, so none may be counted
-            raise
-        if self.flat is not None:
-            # The op has told autograd that the buffer changed; the parameters count their versions for themselves.
-            torch.autograd.graph.increment_version(self.params)
-        return BucketSums(self.params, self.plan, stats, self.steps)
-
-
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that steps inside the wrappers of Lightning, Fabric and accelerate, which have no step hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
-
-
-def is_sharded(t: Tensor) -> bool:
-    """True for a DTensor, as FSDP2 makes of parameters: what it holds here is part of it."""
-    return hasattr(t, "to_local")
-
-
-def local(t: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank holds; any other tensor is its own."""
-    if not is_sharded(t):
-        return t
-    with torch.no_grad():  # else a copy's worth of autograd comes along
-        return t.to_local()  # type: ignore[attr-defined]
-
-
-_grad_of, _dtype_of, _device_of, _layout_of = map(operator.attrgetter, ("grad", "dtype", "device", "layout"))
 
 
 def _over_shards(sums: Tensor, param: Any) -> Tensor:
@@ -501,34 +325,8 @@ def _any_grad(params: list[Tensor]) -> bool:
     return any(p.grad is not None for p in params)
 
 
-def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the memory order of its parameter; a copy only where autograd chose another."""
-    if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
-        return grad
-    return torch.empty_like(p, requires_grad=False).copy_(grad.detach())
-
-
 def _reciprocal(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.float().reciprocal()
-
-
-def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
-    return value if value is None or value.device == device else value.to(device, non_blocking=True)
-
-
-def _say_taken_back(values: int, grads: int) -> None:
-    if values:
-        warnings.warn(
-            f"{values} parameters had been given memory outside the flat buffer (p.data = ..., model.to(...)); "
-            "their values were copied back in",
-            stacklevel=4,
-        )
-    if grads:
-        warnings.warn(
-            f"{grads} gradients had left the flat buffer (model.zero_grad() sets them to None); they were copied back "
-            "in. Call optimizer.zero_grad() instead and no copy is needed",
-            stacklevel=4,
-        )
 
 
 def _check_options(group: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 import grgauge_kernels as gk
 from grgauge_kernels.sampling import REPLICATES
 
-from .optim import AdamW, BucketSums, local
+from .optim import AdamW
+from .part import BucketSums, local
 
 OnStep = Callable[[list[BucketSums]], None]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import grgauge_kernels as gk
 from grgauge_kernels.sampling import sampled_ratio, sampled_sums
 
-from .optim import BucketSums
+from .part import BucketSums
 from .reading import SegmentReading
 
 Array = npt.NDArray[np.float64]

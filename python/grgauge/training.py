@@ -24,7 +24,7 @@ from .batches import BatchSizeError, Data, source
 from .gauge import Gauge, _part
 from .invariance import Rule, decay_after
 from .moves import REPEAT, require_count
-from .optim import is_sharded
+from .part import is_sharded
 from .policy import Config, Continue, Decision
 from .rates import highest_lr, peak_lr, scale, scale_decay
 from .reading import Reading

@@ -18,7 +18,7 @@ from torch import nn
 
 from .invariance import Rule, Space, unsearched
 from .moves import REPEAT, require_count
-from .optim import is_sharded
+from .part import is_sharded
 from .policy import Config, Continue, Decision, Retune, Stop, verdict
 from .search import Policy
 from .theory import require

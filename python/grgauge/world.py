@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .optim import is_sharded
+from .part import is_sharded
 
 T = TypeVar("T")
 

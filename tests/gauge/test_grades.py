@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grgauge_kernels as gk
 from grgauge import AdamW, Gauge, GradES
-from grgauge.grades import LEVEL_READINGS
+from grgauge.matrix import LEVEL_READINGS
 
 OPTIMIZERS = {
     "ours": lambda p: AdamW(p, lr=1e-2, weight_decay=0.1),
