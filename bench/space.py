@@ -1,7 +1,8 @@
 """What a second dimension costs: `grgauge.tune` over learning rate and weight decay against learning rate alone.
 
     one              weight decay 0.1 in every start
-    two              an `invariance.Space`, weight decay 0.01 to 1, starts anywhere in it; kept when the rest changes
+    two              an `invariance.Space`, weight decay 0.01 to 1, starts anywhere in it; kept when the rest changes, or as
+                     much lower as keeps the run within the time scale of its weights
     gamma            the same; lr * weight decay is kept instead
     gamma per batch  the same; lr * weight decay goes with the batch size
 

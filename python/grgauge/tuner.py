@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .invariance import Rule, Space, unsearched
+from .invariance import Rule, Space, decay_within, unsearched
 from .moves import REPEAT, require_count
 from .part import is_sharded
 from .policy import Config, Continue, Decision, Retune, Stop, verdict
@@ -90,6 +90,9 @@ class Trial(Training):
         self.budget, self.used, self.bounds = budget, 0, bounds
         self._trials, self._checkpoint_every, self._on_step = trials, checkpoint_every, on_step
         self._fresh_policy = policy.state_dict()
+        self._wanted = config.weight_decay
+        if "weight_decay" in bounds:
+            config = replace(config, weight_decay=self._held(config))
         self._start = config
         self._load()
         self.ended = [segment for segment in trials.segments() if segment.state is not None]
@@ -191,12 +194,19 @@ class Trial(Training):
         self._begin()
 
     def _decayed(self, config: Config) -> tuple[Config, str]:
-        config, words = super()._decayed(config)
-        low, high = self.bounds.get("weight_decay", (0.0, math.inf))
-        if config.weight_decay is None or low <= config.weight_decay <= high:
-            return config, words
-        held = min(max(config.weight_decay, low), high)
-        return replace(config, weight_decay=held), f"{words}; held at {held:.3g}, the end of its range"
+        follows, words = super()._decayed(config)
+        if "weight_decay" not in self.bounds or follows.weight_decay is None:
+            return follows, words
+        held = self._held(follows if self._decay != "decay" else replace(config, weight_decay=self._wanted))
+        if held == follows.weight_decay:
+            return follows, words
+        return replace(config, weight_decay=held), f"{words}; in its range and for a run of this length {held:.3g}"
+
+    def _held(self, config: Config) -> float:
+        """The weight decay nearest to the one wanted that is in its range, and with which the run stays well within the
+        weights' time scale: beyond, gamma counts, which gauges do not read."""
+        (low, high), wanted = self.bounds["weight_decay"], config.weight_decay or 0.0
+        return min(max(min(wanted, decay_within(config.lr, self.budget / config.batch_size)), low), high)
 
     def _begin(self) -> None:
         """Give the segment its trial."""
@@ -364,9 +374,10 @@ def tune(
                   batches from `trial.batches(dataset)` and calls `trial.step(loss)` for each, in place of backward,
                   step and zero_grad. It is called again where training begins anew, and must then do the same
     space         {"lr": (low, high), "batch_size": (low, high)}, in samples. Or an `invariance.Space`, which has
-                  weight decays too: gauges do not read weight decay, so of the two the learning rate is searched,
-                  weight decay is held in the middle of its range (or where `start` has it), and the verdict says
-                  whether that matters in a run of this length
+                  weight decays too. Gauges do not read those, so the learning rate alone is searched. Weight decay is
+                  held in the middle of its range, or where `start` has it, or as much lower as the range allows and
+                  the run would else outlast the weights' time scale (`invariance.decay_within`). The verdict says
+                  whether it still may matter
     budget        samples to train on, in all
     storage       path of an SQLite file, or the URL of any Optuna storage
     study_name    the same name, storage and space again: go on where it stopped, or with a larger budget from its end

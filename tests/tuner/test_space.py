@@ -12,7 +12,7 @@ from torch import nn
 from tuner.told import linear, retune
 
 from grgauge import Config, TrainingError, cli, report
-from grgauge.invariance import Space
+from grgauge.invariance import Space, decay_within
 
 SPACE = Space(lr=(1e-5, 1.0), weight_decay=(0.01, 1.0), batch_size=(8, 512))
 
@@ -39,7 +39,18 @@ def test_weight_decay_is_held_in_the_middle_while_the_learning_rate_moves(regres
 def test_a_start_of_ones_own_brings_its_weight_decay(regression, go):
     result = go(lambda trial: decays(trial, regression), space=SPACE, orders={}, start=Config(0.01, 32, 0.4))
     assert result.output == [pytest.approx((0.4, 0.2))] * len(result.output)
+    assert decay_within(0.01, 32) > 0.4
     assert result.config.weight_decay == 0.4
+
+
+def test_it_is_lower_where_the_run_would_outlast_the_weights_and_comes_back(regression, go):
+    """8192 samples in batches of 16 are 512 steps: gamma stays below half of 1/512, or weight decay at its lowest."""
+    rates = (0.005, 0.05, 0.5, 0.001)
+    orders = {2048 * i: retune(Config(lr, 16, 0.1)) for i, lr in enumerate(rates[1:], start=1)}
+    settings = {"space": SPACE, "orders": orders, "start": Config(rates[0], 16), "budget": 8192}
+    result = go(lambda trial: linear(trial, regression), **settings)
+    assert [trial.weight_decay for trial in result.trials] == pytest.approx([0.1, 0.5 / 512 / 0.05, 0.01, 0.1])
+    assert decay_within(0.05, 512) == pytest.approx(result.trials[1].weight_decay)
 
 
 @pytest.mark.parametrize(("lr", "expected"), [(0.02, 0.05), (0.9, 0.01), (1e-5, 1.0)])
@@ -50,16 +61,16 @@ def test_a_weight_decay_that_follows_stays_in_its_range(lr, expected, regression
             lambda trial: linear(trial, regression), space=SPACE, orders=orders, start=Config(0.01, 32), decay="gamma"
         )
     assert result.config.weight_decay == pytest.approx(expected)
-    assert ("the end of its range" in caplog.text) == (expected in (0.01, 1.0))
+    assert ("in its range and for a run of this length" in caplog.text) == (expected in (0.01, 1.0))
 
 
 @pytest.mark.parametrize(
     ("start", "budget", "words"),
     [
         (Config(1e-5, 32), 1024, "Weight decay was held at 0.1, and need not be searched: 32 iterations"),
-        (Config(0.01, 8, 0.5), 1024, "and need not be searched: 128 iterations are within the early phase"),
-        (Config(0.01, 8, 0.1), 4096, "Weight decay was held at 0.1, and another one may do better: 512 iterations"),
-        (Config(0.01, 8, 0.9), 4096, "Weight decay was held at 0.9, and its product with the learning rate is what"),
+        (Config(0.01, 8, 0.3), 1024, "and need not be searched: 128 iterations are within the early phase"),
+        (Config(0.01, 8, 0.05), 4096, "Weight decay was held at 0.05, and another one may do better: 512 iterations"),
+        (Config(0.5, 8, 0.9), 4096, "Weight decay was held at 0.01, and its product with the learning rate is what"),
     ],
 )
 def test_the_verdict_says_whether_what_was_left_out_matters(start, budget, words, regression, go):
