@@ -427,6 +427,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--enough", type=float, default=0.9, help="share that is to be frozen to stop (default: 0.9)")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # the model is small: threads would mostly wait for each other
     size = QUICK if given.quick else Size(steps=given.steps)
     options = {"metric": given.metric, "tau": given.tau, "alpha": given.alpha, "enough": given.enough}
     if given.quick:
