@@ -1,8 +1,8 @@
 """What a second dimension costs: `grgauge.tune` over learning rate and weight decay against learning rate alone.
 
     one              weight decay 0.1 in every start
-    two              an `invariance.Space`, weight decay 0.01 to 1, starts anywhere in it; kept when the rest changes, or as
-                     much lower as keeps the run within the time scale of its weights
+    two              an `invariance.Space`, weight decay 0.01 to 1, starts anywhere in it; kept when the rest changes,
+                     or as much lower as keeps the run within the time scale of its weights
     gamma            the same; lr * weight decay is kept instead
     gamma per batch  the same; lr * weight decay goes with the batch size
 
@@ -60,6 +60,7 @@ def cost(task: Task, start: Start) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=12, help="starts of each task (default: 12)")
+    parser.add_argument("--seed", type=int, default=1, help="of the starts (default: 1)")
     parser.add_argument("--task", choices=("language", "images", "regression"), help="one task only")
     parser.add_argument("--quick", action="store_true", help="short runs, to see that it works; no rows")
     options = parser.parse_args()
@@ -76,8 +77,8 @@ def main() -> int:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         for task in chosen:
             bar = progress.add_task(task.name, total=len(ARMS) * count)
-            mark, rng, outcomes = mark_of(task), random.Random(0), {arm: list[Start]() for arm in ARMS}
-            for config in starts_of(count, seed=1):
+            mark, rng, outcomes = mark_of(task), random.Random(options.seed - 1), {arm: list[Start]() for arm in ARMS}
+            for config in starts_of(count, options.seed):
                 decay = RANGE[0] * (RANGE[1] / RANGE[0]) ** rng.random()
                 for arm, (space, rule) in ARMS.items():
                     at = replace(config, weight_decay=ONE if arm == "one" else decay)
