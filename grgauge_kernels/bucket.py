@@ -141,9 +141,11 @@ class Bucket:
         choice = self._choice(sample, seed, replicates, certain)
         return Plan(self, self._rows(choice, skip, align), choice)
 
-    def plan_rows(self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = ()) -> npt.NDArray[np.int64]:
+    def plan_rows(
+        self, sample: int | None = None, seed: int = 0, skip: Iterable[int] = (), align: int = 1
+    ) -> npt.NDArray[np.int64]:
         """The rows of `plan`, on the host."""
-        return self._rows(self._choice(sample, seed, 0, None), skip, 1)
+        return self._rows(self._choice(sample, seed, 0, None), skip, align)
 
     @torch.no_grad()
     def heavy_blocks(self, tensors: Sequence[Tensor], sample: int) -> list[npt.NDArray[np.int64]]:

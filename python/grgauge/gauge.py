@@ -16,7 +16,7 @@ from .optim import AdamW, unwrapped
 from .part import BucketSums, is_sharded
 from .reading import Reading
 from .smoothing import CriticalPeriod, Spatial, Temporal
-from .sources import FusedSource, OwnSource, Sample
+from .sources import ClippingSource, FusedSource, OwnSource, Sample
 from .table import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, SampleError, Table
 from .theory import finite_time_factor
 from .transfer import Transfer
@@ -32,8 +32,9 @@ class Gauge:
     """Reads GR_T, GR_S, the gradient noise scale and the gradient norm while an optimizer trains.
 
     On `grgauge.AdamW` with betas[0] equal to the gauge's beta the sums come from the step itself: the optimizer's first
-    moment is the m of GR_T. On any other optimizer the gauge keeps an EMA of its own over `sample` parameters, updated
-    before each step through the optimizer's step hooks. Gradients are read as the optimizer gets them.
+    moment is the m of GR_T. Where it clips, m is an EMA of unclipped gradients, kept by the pass that reads their norm.
+    With more than `sample` parameters there, and on any other optimizer, it is one of the gauge's own over `sample` of
+    them, updated before each step through the optimizer's step hooks. Gradients are read as the optimizer gets them.
 
     optimizer   any torch optimizer with dense gradients, or Lightning's or accelerate's wrapper around one
     batch_size  global batch in samples; set it anew when the batch changes
@@ -86,9 +87,11 @@ class Gauge:
         self._in_flight: list[_Window] = []
         self._newest: Reading | None = None
         self._sample, self._seed = Sample(optimizer, sample, seed), seed
-        self._source: FusedSource | OwnSource
+        self._source: FusedSource | ClippingSource | OwnSource
         if isinstance(optimizer, AdamW) and FusedSource.fits(optimizer, beta):
             self._source = FusedSource(optimizer, beta, self._on_step)
+        elif isinstance(optimizer, AdamW) and ClippingSource.fits(optimizer, self._sample.share):
+            self._source = ClippingSource(optimizer, beta, self._on_step)
         else:
             self._source = OwnSource(optimizer, self._sample, beta, self._on_step)
 
@@ -271,7 +274,7 @@ class Gauge:
         critical.load_state_dict(state["critical"])
         before = [(room, dict(vars(room))) for room in (self._sample, self._source)]
         try:
-            if self._shards != state["shards"] and state["source"]["kind"] == "own":
+            if self._shards != state["shards"] and state["source"]["kind"] != "fused":
                 warnings.warn(
                     f"the state was made of {state['shards']} shards, these are {self._shards}: GR_T's EMA, spread "
                     "over them, starts cold",
@@ -380,7 +383,7 @@ class Gauge:
         """Says so if the step's gradient was another one than that behind its last micro-batch."""
         if not groups.totals or len(window.rows) - 1 not in rows.taken:
             return None
-        if self._sample.share < 1.0 and isinstance(self._source, FusedSource):
+        if self._sample.share < 1.0 and not isinstance(self._source, OwnSource):
             return None  # a sample's norm and the whole's
         before, after = (math.sqrt(sums.totals[-1][GRAD_SQ]) for sums in (groups, rows))
         if math.isclose(before, after, rel_tol=1e-3):

@@ -18,9 +18,10 @@ import grgauge_kernels as gk
 from grgauge_kernels.bucket import DTYPES, require_dense
 from grgauge_kernels.flat import require_disjoint
 
-from .part import BucketSums, Gradients, Part, is_sharded
+from .part import BucketSums, Gradients, Part, Unclipped, is_sharded
 
 ParamGroup = dict[str, Any]
+Observer = Callable[[list[BucketSums]], None]
 
 # How the sums of a compiled step reach its observers: an op that the compiler neither looks into nor drops nor moves.
 _library = torch.library.Library("grgauge", "FRAGMENT")
@@ -99,7 +100,8 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self._flat = flat
         self._backend = backend
-        self._observers: list[Callable[[list[BucketSums]], None]] = []
+        self._observers: list[Observer] = []
+        self._unclipped: tuple[Unclipped, Observer] | None = None
         self._parts: list[Part] | None = None
         self._outsiders: list[Tensor] = []  # frozen parameters without a gradient
         self._number = next(_numbers)
@@ -115,10 +117,24 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._parts = None
 
-    def observe(self, observer: Callable[[list[BucketSums]], None]) -> Callable[[], None]:
+    def observe(self, observer: Observer) -> Callable[[], None]:
         """Call `observer` with the sums of every step from now on; returns a function that ends it."""
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
+
+    def observe_unclipped(self, observer: Observer, unclipped: Unclipped) -> Callable[[], None]:
+        """The same of gradients before clipping, of which the pass that reads their norm keeps EMAs in `unclipped`.
+
+        Raises ValueError if somebody has EMAs kept already.
+        """
+        if self._unclipped is not None:
+            raise ValueError("unclipped is the second one: EMAs of this optimizer's gradients are being kept already")
+        self._unclipped = unclipped, observer
+
+        def end() -> None:
+            self._unclipped = None
+
+        return end
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -132,7 +148,7 @@ class AdamW(torch.optim.Optimizer):
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         hooked = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         if torch.compiler.is_compiling():
-            plain = not (hooked or closure or self._flat or self.max_grad_norm)
+            plain = not (hooked or closure or self._flat or self.max_grad_norm or self._unclipped)
             if not plain:
                 return self._untraced_step(closure)
             self._traced_step()
@@ -150,38 +166,50 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        seen = self._update(self._collect())
+        grads = self._collect()
+        seen, unclipped = self._update(grads)
         for observer in self._observers:
             observer(seen)
+        if self._unclipped is not None:
+            self._unclipped[1](unclipped)
         return loss
 
-    def _update(self, grads: list[Gradients]) -> list[BucketSums]:
-        """One update of every part. What is refused, in whichever part, is refused before the first is changed."""
+    def _update(self, grads: list[Gradients]) -> tuple[list[BucketSums], list[BucketSums]]:
+        """One update of every part: its sums, and those before clipping, if somebody observes them.
+
+        What is refused, in whichever part, is refused before the first is changed.
+        """
         parts = self._parts or []
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        clip = None
+        both, backend = list(zip(parts, grads, strict=True)), self._backend
+        clip, unclipped = None, []
+        if self._unclipped is not None:
+            emas = self._unclipped[0]
+            averages = [part.average(emas, own, inv_scale, found_inf, backend) for part, own in both]
+            stats, unclipped = [average[0] for average in averages], [average[1] for average in averages]
+        elif self.max_grad_norm is not None:
+            stats = [part.measure(own, inv_scale, backend) for part, own in both]
         if self.max_grad_norm is not None and parts:
-            clip, found_inf = self._clip(self.max_grad_norm, parts, grads, inv_scale, found_inf)
+            clip, found_inf = self._clip(self.max_grad_norm, parts, stats, inv_scale, found_inf)
         sums = bool(self._observers)
-        updates = [
-            part.prepare(own, inv_scale, found_inf, clip, sums, self._backend)
-            for part, own in zip(parts, grads, strict=True)
-        ]
-        return [part.step(*update) for part, update in zip(parts, updates, strict=True)]
+        updates = [part.prepare(own, inv_scale, found_inf, clip, sums, backend) for part, own in both]
+        return [part.step(*update) for part, update in zip(parts, updates, strict=True)], unclipped
 
     def _clip(
         self,
         max_norm: float,
         parts: list[Part],
-        grads: list[Gradients],
+        stats: list[Tensor],
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The factor that brings the norm of all gradients down to max_norm, and found_inf with `skip_nonfinite`."""
+        """The factor that brings the norm of all gradients down to max_norm, and found_inf with `skip_nonfinite`.
+
+        stats  the sums of each part
+        """
         device = parts[0].steps.device
-        sums = [part.measure(own, inv_scale, self._backend) for part, own in zip(parts, grads, strict=True)]
-        columns = torch.stack([stats.sum(0).to(device) for stats in sums]).sum(0)
+        columns = torch.stack([sums.sum(0).to(device) for sums in stats]).sum(0)
         if parts[0].sharded:
             columns = _over_shards(columns, parts[0].params[0])
         broken = columns[gk.STATS.index("nonfinite")] > 0
@@ -213,7 +241,7 @@ class AdamW(torch.optim.Optimizer):
                 self._untraced_step(None)
                 return
         with torch.no_grad():
-            seen = self._update([part.traced_grads() for part in parts])
+            seen, _ = self._update([part.traced_grads() for part in parts])
             if self._observers:
                 stats, steps = [bucket.stats for bucket in seen], [bucket.steps for bucket in seen]
                 torch.ops.grgauge.observed.default(stats, steps, self._number)
@@ -258,6 +286,7 @@ class AdamW(torch.optim.Optimizer):
         for name, value in unset.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_observers", [])
+        self.__dict__.setdefault("_unclipped", None)
         self._number = next(_numbers)
         self._parts = None
         for group in self.param_groups:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,20 @@ class BucketSums:
     steps: Tensor
 
 
+@dataclass
+class Unclipped:
+    """EMAs of gradients as they are before clipping, m <- beta m + (1 - beta) g.
+
+    state  parameter -> (its EMA, float32 [elements that this rank holds]; number of updates it has had, float32 [])
+    """
+
+    beta: float
+    state: dict[Tensor, tuple[Tensor, Tensor]]
+
+
+ALIGN = 8
+"""Elements: 32 bytes of a gauge's own states."""
+
 Gradients = Sequence[Tensor]
 """Of one part, as its kernel call is given them. Nobody keeps them beyond the step: set to None, they are gone."""
 
@@ -52,6 +67,8 @@ class Part:
         self.flat = FlatBucket(params) if flat else None
         self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(self.own)
         self.plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
+        self.rows = self.bucket.plan_rows(align=ALIGN)
+        self.averaged: tuple[Unclipped, Tensor, Tensor] | None = None
 
         saved = [state.get(p) or {"step": 0.0} for p in params]
         self.steps = torch.tensor([float(s["step"]) for s in saved], device=first.device)
@@ -108,7 +125,8 @@ class Part:
             if not all(map(Tensor.is_contiguous, grads)) or not all(map(Tensor.is_contiguous, self.own)):
                 grads = [_laid_out_like(p, g) for p, g in zip(self.own, grads, strict=True)]
         if missing not in self.plans:
-            plan = self.bucket.plan(skip=missing)
+            # Whatever is missing, the others keep their places in a state.
+            plan = gk.Plan(self.bucket, self.rows[~np.isin(self.rows[:, 0], missing)])
             present = torch.tensor([float(i not in missing) for i in range(len(self.params))])
             self.plans = {missing: (plan, present.to(self.steps.device))}
         self.plan, self.present = self.plans[missing]
@@ -124,6 +142,50 @@ class Part:
 
     def measure(self, grads: Gradients, inv_scale: Tensor | None, backend: str | None) -> Tensor:
         return gk.measure_(grads, self.plan, inv_scale=_on(self.steps.device, inv_scale), backend=backend)
+
+    def average(
+        self,
+        unclipped: Unclipped,
+        grads: Gradients,
+        inv_scale: Tensor | None,
+        found_inf: Tensor | None,
+        backend: str | None,
+    ) -> tuple[Tensor, BucketSums]:
+        """As `measure`, and in the same pass the EMAs: their sums, which are NaN if the step is to be skipped."""
+        device = self.steps.device
+        ema, steps = self._states_of(unclipped)
+        inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
+        skip = None if found_inf is None else found_inf != 0
+        if skip is not None:
+            # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
+            inv_scale = torch.where(skip, torch.nan, torch.ones((), device=device) if inv_scale is None else inv_scale)
+        stats = gk.measure_(
+            grads,
+            self.plan,
+            ema=ema[: self.plan.states],
+            beta=unclipped.beta,
+            inv_scale=inv_scale,
+            backend=backend,
+        )
+        steps.add_(self.present if skip is None else self.present * ~skip)
+        told = stats if skip is None else torch.where(skip, torch.nan, stats)
+        return stats, BucketSums(self.params, self.plan, told, steps)
+
+    def _states_of(self, unclipped: Unclipped) -> tuple[Tensor, Tensor]:
+        """The EMA of all parameters, laid out as the plan is, and their numbers of updates; the state views both."""
+        if self.averaged is None or self.averaged[0] is not unclipped:
+            # Of a tensor without elements there are no rows.
+            begin = {segment: int(place) for segment, place in reversed(self.rows[:, [0, 3]].tolist())}
+            ema = torch.zeros(int((self.rows[:, 2] + self.rows[:, 3]).max(initial=0)), device=self.steps.device)
+            steps = torch.zeros_like(self.steps)
+            for i, p in enumerate(self.params):
+                place = begin.get(i, 0)
+                own = ema[place : place + self.own[i].numel()], steps[i]
+                for new, old in zip(own, unclipped.state.get(p, ()), strict=False):
+                    new.copy_(old)
+                unclipped.state[p] = own
+            self.averaged = unclipped, ema, steps
+        return self.averaged[1:]
 
     def prepare(
         self,

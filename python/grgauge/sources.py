@@ -14,12 +14,9 @@ import grgauge_kernels as gk
 from grgauge_kernels.sampling import REPLICATES
 
 from .optim import AdamW
-from .part import BucketSums, local
+from .part import ALIGN, BucketSums, Unclipped, local
 
 OnStep = Callable[[list[BucketSums]], None]
-
-ALIGN = 8
-"""Elements: 32 bytes of a gauge's own states."""
 
 
 class FusedSource:
@@ -50,6 +47,48 @@ class FusedSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _require_kind(state, "fused")
+
+
+class ClippingSource:
+    """Sums of the pass in which `grgauge.AdamW` reads the norm to clip by: m is an EMA kept on the way."""
+
+    def __init__(self, optimizer: AdamW, beta: float, on_step: OnStep) -> None:
+        self._optimizer, self._on_step = optimizer, on_step
+        self._emas = Unclipped(beta, {})
+        self.remove = optimizer.observe_unclipped(on_step, self._emas)
+
+    @staticmethod
+    def fits(optimizer: AdamW, share: float) -> bool:
+        """Where a sample is looked at, a small pass of its own is less than a large one with a state."""
+        return optimizer.max_grad_norm is not None and share == 1.0 and optimizer._unclipped is None
+
+    def problem(self) -> str | None:
+        return None
+
+    def restart(self) -> None:
+        for ema, steps in self._emas.state.values():
+            ema.zero_()
+            steps.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        known = [self._emas.state.get(p) for p in self._params()]
+        return {"kind": "clipping", "emas": [None if own is None else tuple(t.clone() for t in own) for own in known]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _require_kind(state, "clipping")
+        params, emas = self._params(), state["emas"]
+        sizes = [None if own is None else own[0].numel() for own in emas]
+        if len(emas) != len(params) or any(
+            size not in (None, local(p).numel()) for size, p in zip(sizes, params, strict=True)
+        ):
+            raise ValueError("the state is of other parameters than this gauge's")
+        saved = {p: (own[0].clone(), own[1].clone()) for p, own in zip(params, emas, strict=True) if own is not None}
+        self.remove()  # what the optimizer's passes have at hand is not to be taken for these
+        self._emas = Unclipped(self._emas.beta, saved)
+        self.remove = self._optimizer.observe_unclipped(self._on_step, self._emas)
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
 
 class OwnSource:

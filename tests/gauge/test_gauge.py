@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "ours, fused": lambda p: AdamW(p, lr=1e-3),
     "ours, flat": lambda p: AdamW(p, lr=1e-3, flat=True),
     "ours, clipping": lambda p: AdamW(p, lr=1e-3, max_grad_norm=0.3),
+    "ours, clipping, flat": lambda p: AdamW(p, lr=1e-3, max_grad_norm=0.3, flat=True),
     "ours, other beta1": lambda p: AdamW(p, lr=1e-3, betas=(0.8, 0.99)),
     "torch AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
