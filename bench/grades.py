@@ -7,7 +7,7 @@ All arms of a seed see the same batches, one after the other, and one AdamW; eac
 validation passes of early stopping included. FLOPs are counted by torch once for every set of frozen matrices that
 occurs, outside the clock. Writes bench/results/grades.csv and grades.png, and prints the table.
 
-    python bench/grades.py [--seeds 5] [--steps 600] [--quick]
+    python bench/grades.py [--seeds 5] [--steps 600] [--arms full "full + GradES"] [--quick]
 
 What there is to gain depends on how long the run is: freezing begins half-way, so it saves what the second half does in
 vain. 300 steps see the text nearly five times and 600 nearly ten times. Needs transformers and peft. --quick runs
@@ -425,7 +425,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Size.steps, help=f"of fine-tuning (default: {Size.steps})")
     parser.add_argument("--tau", type=float, default=1.3, help="share of each matrix's own early level (default: 1.3)")
     parser.add_argument("--alpha", type=float, default=0.5)
-    parser.add_argument("--enough", type=float, default=0.9, help="share that is to be frozen to stop (default: 0.9)")
+    parser.add_argument("--enough", type=float, default=0.75, help="share that is to be frozen to stop (default: 0.75)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="some of them; full ones need full")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the model is small: threads would mostly wait for each other
     size = QUICK if given.quick else Size(steps=given.steps)
@@ -435,7 +436,7 @@ def main() -> None:
     weights = pretrained(size)
     package = released_package()
     comparison = comparison_with(package, weights, size, options) if package is not None else None
-    arms = [arm for arm in ARMS if "released" not in arm or comparison is not None]
+    arms = [arm for arm in ARMS if arm in given.arms and ("released" not in arm or comparison is not None)]
     outcomes: dict[str, list[Outcome]] = {arm: [] for arm in arms}
     history: dict[str, GradES] = {}
     trained("full", weights, replace(size, steps=3), 0, options, None)  # outside the comparison: the first is slower
@@ -455,7 +456,7 @@ def main() -> None:
     print(table(outcomes))
     if comparison is None:
         print("the released package is not compared: pip install grades")
-    if not given.quick:
+    if not given.quick and history:
         draw(RESULTS / "grades.png", history, size)
 
 
