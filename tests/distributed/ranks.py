@@ -50,6 +50,10 @@ def adamw(params, **options):
     return AdamW(params, lr=1e-3, **options)
 
 
+def clipped(params):
+    return adamw(params, max_grad_norm=0.3)
+
+
 def sgd(params):
     return torch.optim.SGD(params, lr=1e-2, momentum=0.9)
 
@@ -185,7 +189,7 @@ BUCKETS = {
 def buckets():
     results = {}
     for name, options in BUCKETS.items():
-        for make in (adamw, sgd):
+        for make in (adamw, clipped, sgd):
             model = ddp(**options)
             indices = []
 
@@ -447,7 +451,7 @@ def resumed():
     results = {}
     wraps = {"DDP": ddp, "FSDP2": fsdp} if dist.get_world_size() == 2 else {"HSDP": lambda **o: fsdp(2, 2, **o)}
     for kind, wrap in wraps.items():
-        for make in (adamw, sgd):
+        for make in (adamw, clipped, sgd):
             model = wrap()
             optimizer, gauge = gauged(model, make, every=5)
             train(model, optimizer, gauge, CUT)
@@ -472,7 +476,7 @@ def resumed_on_other_ranks():
     results = {}
     earlier, _ = torch.load(FOLDER.parent / "2" / "0.pt", weights_only=False)
     for kind, wrap in (("DDP", ddp), ("FSDP2", fsdp)):
-        for make in (adamw, sgd):
+        for make in (adamw, clipped, sgd):
             saved = earlier["resumed"][kind, make.__name__]["saved"]
             model = wrap()
             optimizer, gauge = gauged(model, make, every=5)

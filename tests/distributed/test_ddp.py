@@ -15,6 +15,7 @@ from grgauge import AdamW, Gauge
 
 MAKE = {
     "adamw": lambda params: AdamW(params, lr=1e-3),
+    "clipped": lambda params: AdamW(params, lr=1e-3, max_grad_norm=0.3),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
 }
 EITHER = pytest.mark.parametrize("make", MAKE)
@@ -217,12 +218,13 @@ def test_four_ranks_continue_where_two_stopped(two, four, make):
 
 def test_an_ema_spread_over_other_ranks_starts_cold_and_says_so(four):
     for results in four["resumed_on_other_ranks"]:
-        cold, warm = results["FSDP2", "sgd"], results["FSDP2", "adamw"]
-        assert len(cold["said"]) == 1
-        assert "made of 2 shards, these are 4" in cold["said"][0]
-        assert not cold["last"]["ready"]
-        assert any("GR_T not ready" in note for note in cold["last"]["notes"])
-        assert warm["said"] == []  # m is the optimizer's there, and comes with its state
+        for make in ("sgd", "clipped"):
+            cold = results["FSDP2", make]
+            assert len(cold["said"]) == 1
+            assert "made of 2 shards, these are 4" in cold["said"][0]
+            assert not cold["last"]["ready"]
+            assert any("GR_T not ready" in note for note in cold["last"]["notes"])
+        assert results["FSDP2", "adamw"]["said"] == []  # m is the optimizer's there, and comes with its state
 
 
 # One rank
