@@ -126,8 +126,8 @@ def test_a_whole_training_step_replays(kernel):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["fused", "own pass"])
-def test_a_gauge_reads_replayed_steps(kernel, own):
+@pytest.mark.parametrize("kind", ["fused", "clipping", "own pass"])
+def test_a_gauge_reads_replayed_steps(kernel, kind):
     """As it reads eager ones, whatever number of them lies between two readings."""
 
     def made() -> tuple[list[nn.Parameter], torch.optim.Optimizer, Gauge]:
@@ -135,9 +135,11 @@ def test_a_gauge_reads_replayed_steps(kernel, own):
         params = [nn.Parameter(torch.randn(n, generator=generator).cuda()) for n in (5000, 17, 4097)]
         for p in params:
             p.grad = torch.ones_like(p)
-        optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(params, lr=LR, capturable=True) if own else AdamW(params, lr=LR, backend=kernel)
-        )
+        optimizer: torch.optim.Optimizer
+        if kind == "own pass":
+            optimizer = torch.optim.AdamW(params, lr=LR, capturable=True)
+        else:
+            optimizer = AdamW(params, lr=LR, backend=kernel, max_grad_norm=1.0 if kind == "clipping" else None)
         return params, optimizer, Gauge(optimizer, 8, every=4)
 
     params, optimizer, gauge = made()
