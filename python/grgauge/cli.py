@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         "--weight-decay",
         type=_decays,
         metavar="LOW:HIGH",
-        help="held in the middle, as gauges do not read it; the verdict says whether that matters (default: the "
-        "function's own)",
+        help="held in the middle or below, as gauges do not read it; the verdict says whether that matters (default: "
+        "the function's own)",
     )
     tune.add_argument("--budget", type=_samples, help=f"in all, as 200000samples (with --demo: {DEMO_BUDGET}samples)")
     tune.add_argument("--start", type=_start, metavar="LR:BATCH", help="where to begin (default: below the middle)")
