@@ -324,20 +324,17 @@ class Line:
 
 
 def unsearched(config: Config, steps: float) -> str:
-    """What a search along the learning rate alone has left out, in words, where it ended.
+    """Whether the weight decay counts that a search along the learning rate has held, in words.
 
-    steps  updates that the weights have had
+    steps  updates that the weights have had; `regime` says why
 
     Raises ValueError for a config without weight decay.
     """
     decay = _decay_of(config, "config")
-    found = regime(steps, gamma(config.lr, decay))
-    left_out = f"Weight decay was held at {decay:.3g}"
-    if found.salient == "lr":
-        return f"{left_out}, and need not be searched: {found.reason}"
-    if found.salient == "gamma":
-        return f"{left_out}, and its product with the learning rate is what counts: {found.reason}"
-    return f"{left_out}, and another one may do better: {found.reason}"
+    salient = regime(steps, gamma(config.lr, decay)).salient
+    if salient == "lr":
+        return f"weight decay {decay:.3g} does not count in {steps:.4g} iterations"
+    return f"weight decay {decay:.3g} was not searched, and {'may count' if salient == 'both' else 'counts'}"
 
 
 # --- Weight decay when learning rate or batch change ------------------------------------------------------------------

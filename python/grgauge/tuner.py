@@ -486,6 +486,6 @@ def _verdict(trial: Trial, count: int) -> str:
     gauges = "no reading" if reading is None else verdict(reading, trial.policy.target)
     end = f" Stopped early: {trial.segment.reason}." if trial.segment.state == "PRUNED" else ""
     least, most = trial.bounds.get("weight_decay", (0.0, 0.0))
-    decay = f" {unsearched(trial.config, trial.steps)}." if least < most else ""
+    decay = f", {unsearched(trial.config, trial.steps)}" if least < most else ""
     found = f"{trial.config}: loss {trial.segment.loss:.4g}"
-    return f"{found} after {count} trial{'s' * (count != 1)} and {trial.used} samples; {gauges}.{end}{decay}"
+    return f"{found} after {count} trial{'s' * (count != 1)} and {trial.used} samples; {gauges}{decay}.{end}"
