@@ -161,6 +161,7 @@ class GradES:
         self.patience, self.warmup, self.every, self.enough = patience, warmup, every, enough
         self.grace = math.ceil(alpha * total_steps)
         self.history: list[MatrixReading] = []
+        self._done = False
         self._model, self._optimizer = model, optimizer
         self._matrices = monitored(model, optimizer, modules)
         self._groups = _process_groups(model, [p for matrix in self._matrices for p in matrix.params])
@@ -199,8 +200,7 @@ class GradES:
     @property
     def done(self) -> bool:
         """True if all monitored matrices are frozen, or `enough`: the signal to stop. The same on all ranks."""
-        frozen = sum(matrix.numel for matrix in self._matrices if matrix.frozen is not None)
-        return frozen >= self.enough * sum(matrix.numel for matrix in self._matrices)
+        return self._done
 
     def remove(self) -> None:
         """Unhook from optimizer and model; what was frozen can be trained again."""
@@ -351,6 +351,8 @@ class GradES:
     def _apply(self, probing: bool) -> None:
         """From the next forward on compute the gradients of those matrices only that need one."""
         self._probing = probing
+        frozen = sum(matrix.numel for matrix in self._matrices if matrix.frozen is not None)
+        self._done = frozen >= self.enough * sum(matrix.numel for matrix in self._matrices)
         for matrix in self._matrices:
             if matrix.frozen is None or probing:
                 matrix.resume()

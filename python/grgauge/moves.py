@@ -49,7 +49,7 @@ class State:
     losses: Losses = field(default_factory=Losses)
     rival: Losses = field(default_factory=Losses)  # of the weights abandoned last
     rival_lr: float | None = None  # their learning rate, carried over to a batch of 1
-    begun: list[list[Any]] = field(default_factory=list)  # configurations that untrained weights began at
+    begun: list[list[Any]] = field(default_factory=list)  # lr and batch that untrained weights began at
     spared: bool = False  # a trial equivalent to one of them, and it has been said
 
 
@@ -117,7 +117,7 @@ class Moves:
             if s.config is not None and s.config[:2] != seen[:2]:
                 s.test = None  # what was on trial is not what runs
             s.config = seen
-            s.begun = s.begun or [seen]
+            s.begun = s.begun or [seen[:2]]
             self._begin()
 
     def _begin(self) -> None:
@@ -160,8 +160,7 @@ class Moves:
         Weight decay being what it was, such a run is equivalent where learning rate and batch are, whatever the regime.
         """
         fitted = Config(*self._fit(lr, batch), 0.0)
-        known = [Config(lr, batch, 0.0) for lr, batch, _ in self._state.begun]
-        if any(equivalent(fitted, other, SAME_LR) for other in known):
+        if any(equivalent(fitted, Config(begun[0], begun[1], 0.0), SAME_LR) for begun in self._state.begun):
             why = f"{reason}, but {fitted} is equivalent to a trial that was run, and not run again"
             said, self._state.spared = self._state.spared, True
             return Continue(why, evidence if said else replace(evidence, rule=REPEAT))
@@ -182,7 +181,7 @@ class Moves:
             peak=s.peak,
             rival=s.losses,
             rival_lr=rival_lr,
-            begun=[*s.begun, [lr, size, old.weight_decay]],
+            begun=[*s.begun, [lr, size]],
         )
         return self._book(lr, size, reason, evidence, reuse=False)
 

@@ -132,7 +132,8 @@ class AdamW(torch.optim.Optimizer):
         self._unclipped = unclipped, observer
 
         def end() -> None:
-            self._unclipped = None
+            if self._unclipped is not None and self._unclipped[0] is unclipped:
+                self._unclipped = None
 
         return end
 

@@ -68,7 +68,7 @@ class Part:
         self.bucket = self.flat.bucket if self.flat is not None else gk.Bucket(self.own)
         self.plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
         self.rows = self.bucket.plan_rows(align=ALIGN)
-        self.averaged: tuple[Unclipped, Tensor, Tensor] | None = None
+        self.emas: tuple[Unclipped, Tensor, Tensor] | None = None
 
         saved = [state.get(p) or {"step": 0.0} for p in params]
         self.steps = torch.tensor([float(s["step"]) for s in saved], device=first.device)
@@ -152,28 +152,16 @@ class Part:
         backend: str | None,
     ) -> tuple[Tensor, BucketSums]:
         """As `measure`, and in the same pass the EMAs: their sums, which are NaN if the step is to be skipped."""
-        device = self.steps.device
         ema, steps = self._states_of(unclipped)
-        inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
-        skip = None if found_inf is None else found_inf != 0
-        if skip is not None:
-            # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
-            inv_scale = torch.where(skip, torch.nan, torch.ones((), device=device) if inv_scale is None else inv_scale)
-        stats = gk.measure_(
-            grads,
-            self.plan,
-            ema=ema[: self.plan.states],
-            beta=unclipped.beta,
-            inv_scale=inv_scale,
-            backend=backend,
+        ema = ema[: self.plan.states]
+        stats, told = averaged(
+            grads, self.plan, ema, unclipped.beta, steps, self.present, inv_scale, found_inf, backend
         )
-        steps.add_(self.present if skip is None else self.present * ~skip)
-        told = stats if skip is None else torch.where(skip, torch.nan, stats)
         return stats, BucketSums(self.params, self.plan, told, steps)
 
     def _states_of(self, unclipped: Unclipped) -> tuple[Tensor, Tensor]:
         """The EMA of all parameters, laid out as the plan is, and their numbers of updates; the state views both."""
-        if self.averaged is None or self.averaged[0] is not unclipped:
+        if self.emas is None or self.emas[0] is not unclipped:
             # Of a tensor without elements there are no rows.
             begin = {segment: int(place) for segment, place in reversed(self.rows[:, [0, 3]].tolist())}
             ema = torch.zeros(int((self.rows[:, 2] + self.rows[:, 3]).max(initial=0)), device=self.steps.device)
@@ -184,8 +172,8 @@ class Part:
                 for new, old in zip(own, unclipped.state.get(p, ()), strict=False):
                     new.copy_(old)
                 unclipped.state[p] = own
-            self.averaged = unclipped, ema, steps
-        return self.averaged[1:]
+            self.emas = unclipped, ema, steps
+        return self.emas[1:]
 
     def prepare(
         self,
@@ -234,6 +222,35 @@ class Part:
             # The op has told autograd that the buffer changed; the parameters count their versions for themselves.
             torch.autograd.graph.increment_version(self.params)
         return BucketSums(self.params, self.plan, stats, self.steps)
+
+
+def averaged(
+    grads: Gradients,
+    plan: gk.Plan,
+    ema: Tensor,
+    beta: float,
+    steps: Tensor,
+    present: Tensor | int,
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One update of an EMA: the sums as measured, and as they are told, which is NaN where `found_inf` skips the step.
+
+    steps    numbers of updates, to which `present` is added
+    """
+    inv_scale, found_inf = _on(steps.device, inv_scale), _on(steps.device, found_inf)
+    if found_inf is None:
+        stats = gk.measure_(grads, plan, ema=ema, beta=beta, inv_scale=inv_scale, backend=backend)
+        steps.add_(present)
+        return stats, stats
+    skip = found_inf != 0
+    # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
+    own = torch.ones((), device=steps.device) if inv_scale is None else inv_scale
+    scale = torch.where(skip, torch.nan, own)
+    stats = gk.measure_(grads, plan, ema=ema, beta=beta, inv_scale=scale, backend=backend)
+    steps.add_(present * ~skip)
+    return stats, torch.where(skip, torch.nan, stats)
 
 
 def is_sharded(t: Tensor) -> bool:

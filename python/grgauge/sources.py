@@ -14,7 +14,7 @@ import grgauge_kernels as gk
 from grgauge_kernels.sampling import REPLICATES
 
 from .optim import AdamW
-from .part import ALIGN, BucketSums, Unclipped, local
+from .part import ALIGN, BucketSums, Unclipped, averaged, local
 
 OnStep = Callable[[list[BucketSums]], None]
 
@@ -165,19 +165,12 @@ class OwnSource:
         # What a GradScaler leaves on an optimizer that unscales and skips inside its step.
         scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
+        inv_scale = None if scale is None else scale.float().reciprocal()
         sums = []
         for bucket, ema, steps in zip(self._buckets, self._emas, self._steps, strict=True):
-            device = steps.device
-            skip = None if found_inf is None else found_inf.to(device) != 0
-            inv_scale = torch.ones((), device=device) if scale is None else scale.to(device).float().reciprocal()
-            if skip is not None:
-                # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
-                inv_scale = torch.where(skip, torch.nan, inv_scale)
-            stats = gk.measure_(bucket.grads(), bucket.plan, ema=ema, beta=self._beta, inv_scale=inv_scale)
-            steps.add_(1 if skip is None else ~skip)
-            if skip is not None:
-                stats = torch.where(skip, torch.nan, stats)
-            sums.append(BucketSums(bucket.params, bucket.plan, stats, steps))
+            grads, plan = bucket.grads(), bucket.plan
+            _, told = averaged(grads, plan, ema, self._beta, steps, 1, inv_scale, found_inf)
+            sums.append(BucketSums(bucket.params, plan, told, steps))
         self._on_step(sums)
 
 

@@ -268,7 +268,7 @@ class Trials:
         return [
             Segment(
                 **{"weight_decay": None, **trial.params},
-                **{name: value for name, value in trial.user_attrs.items() if name in names},  # none of older versions
+                **{name: value for name, value in trial.user_attrs.items() if name in names},
                 number=trial.number,
                 state=None if trial.state.name == "RUNNING" else trial.state.name,
                 last=[trial.value]

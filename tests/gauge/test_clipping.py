@@ -117,7 +117,10 @@ def test_a_second_gauge_has_emas_of_its_own_and_a_removed_one_leaves_none():
     advance(optimizer, params, 1, start=6)
     assert first.reading().step == 6
     assert second.reading().step == 7
-    assert type(Gauge(optimizer, 8)._source) is ClippingSource
+    third = Gauge(optimizer, 8)
+    assert type(third._source) is ClippingSource
+    first.remove()  # twice, and behind the third's back
+    assert optimizer._unclipped[0] is third._source._emas
     with pytest.raises(ValueError, match="unclipped is the second one"):
         optimizer.observe_unclipped(print, first._source._emas)
 
