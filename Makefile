@@ -3,7 +3,8 @@ PYTHON ?= python3
 # The torch to install; TORCH="torch==2.11.0" (or a wheel's path) overrides it.
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/python -m pip --disable-pip-version-check
-SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
+          $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
 .PHONY: help demo test lint bench bench-gpu wheel clean
 help:
@@ -19,7 +20,7 @@ help:
 	$(PIP) install --quiet "$(TORCH)" numpy
 	@touch $@
 
-# Editable: edits to Python files take effect at once, and only a change of the C++ sources builds again.
+# Editable: edits to Python files take effect at once; new files and changes of the C++ sources install again.
 .venv/built: .venv/torch $(SOURCES)
 	$(PIP) install --quiet --editable ".[dev]"
 	@touch $@

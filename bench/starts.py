@@ -36,7 +36,7 @@ from torch.utils.data import TensorDataset
 from turns import append, origin
 
 from grgauge import AdamW, Autopilot, Config, Continue, Policy, TrainingError, Trial, tune
-from grgauge.demo import CONTEXT, CharTransformer, Text
+from grgauge.cli.demo import CONTEXT, CharTransformer, Text
 from grgauge.invariance import Rule, Space
 from grgauge.policy import Evidence
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import grgauge
 import grgauge_kernels as gk
-from grgauge.transfer import Transfer
+from grgauge.gauge.transfer import Transfer
 
 SEED = 0
 BETA, BETAS, LR, EPS, DECAY = 0.9, (0.9, 0.999), 1e-3, 1e-8, 1e-2

@@ -9,16 +9,17 @@ Advisor, Autopilot   print what the policy says about a run, or act on it within
 verdict  what a reading says about learning rate and batch size
 """
 
+from importlib.metadata import version
+
 from . import estimators, invariance, smoothing, theory
-from .advisor import Advisor, Autopilot
 from .gauge import Gauge
 from .grades import GradES, MatrixReading
 from .optim import AdamW
-from .policy import Config, Continue, Retune, Stop, Target, verdict
+from .policy import Config, Continue, Decision, Evidence, Policy, Retune, Stop, Target, verdict
 from .reading import Reading, SegmentReading
-from .search import Policy
-from .tuner import Result, Trial, tune
-from .world import TrainingError
+from .tuning import Advisor, Autopilot, Result, TrainingError, Trial, tune
+
+__version__ = version("grgauge-kernels")
 
 __all__ = [
     "AdamW",
@@ -26,6 +27,8 @@ __all__ = [
     "Autopilot",
     "Config",
     "Continue",
+    "Decision",
+    "Evidence",
     "Gauge",
     "GradES",
     "MatrixReading",
@@ -38,6 +41,7 @@ __all__ = [
     "Target",
     "TrainingError",
     "Trial",
+    "__version__",
     "estimators",
     "invariance",
     "smoothing",
@@ -45,3 +49,8 @@ __all__ = [
     "tune",
     "verdict",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; folders are importable, and nobody's business."""
+    return __all__

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .theory import require, require_batch
+from ._validation import require, require_batch
 
 __all__ = ["Groups", "gr_s", "gr_t", "noise_scale_from_xi", "two_batch"]
 

@@ -24,8 +24,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ._validation import require, require_batch
 from .policy import Config
-from .theory import require, require_batch
 
 __all__ = [
     "Collapse",

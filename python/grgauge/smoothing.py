@@ -14,8 +14,9 @@ import math
 from collections.abc import Mapping
 from statistics import NormalDist
 
+from ._validation import require, require_batch
 from .estimators import gr_s, gr_t
-from .theory import finite_time_factor, require, require_batch
+from .theory import finite_time_factor
 
 __all__ = ["CriticalPeriod", "Mean", "Spatial", "Temporal"]
 

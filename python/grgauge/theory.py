@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 
+from ._validation import require, require_batch
+
 __all__ = [
     "aligned",
     "autocorrelated",
@@ -38,17 +40,8 @@ __all__ = [
 ]
 
 
-def require(ok: bool, name: str, value: object, must: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {must}, got {value!r}")
-
-
 def _require_beta(beta: float) -> None:
     require(0.0 < beta < 1.0, "beta", beta, "inside (0, 1)")
-
-
-def require_batch(batch_size: float) -> None:
-    require(1.0 <= batch_size < math.inf, "batch_size", batch_size, "finite and at least 1 sample")
 
 
 def _require_noise_scale(noise_scale: float) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from grgauge import Reading, Target, demo, plot, progress
+from grgauge import Reading, Target
+from grgauge.cli import demo, plot, progress
 
 
 @pytest.fixture(scope="module")

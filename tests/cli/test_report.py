@@ -15,7 +15,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from grgauge import Target, cli, report, study
+from grgauge import Target, report
+from grgauge.cli import commands as cli
+from grgauge.report import study
 
 optuna = pytest.importorskip("optuna")
 from optuna.distributions import FloatDistribution, IntDistribution  # noqa: E402

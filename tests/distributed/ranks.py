@@ -18,7 +18,7 @@ import pytest
 import readings
 import torch
 import torch.distributed as dist
-from alone import Branching
+from one_process import Branching
 from readings import BATCH, Net, batch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from alone import Branching, micro_batches, weighted_truth
+from one_process import Branching, micro_batches, weighted_truth
 from readings import BATCH, batch, network, samples
 from torch import nn
 from torch.distributed.fsdp import fully_shard

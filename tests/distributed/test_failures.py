@@ -4,8 +4,8 @@ import json
 import multiprocessing
 
 import pytest
-import survivor
-from alone import micro_batches
+from distributed import failing_rank
+from one_process import micro_batches
 
 from grgauge import AdamW
 
@@ -17,11 +17,12 @@ def ended(tmp_path_factory):
     """(exit status, lines written) of rank 0, of all cases at once."""
     folder = tmp_path_factory.mktemp("survivors")
     context = multiprocessing.get_context("forkserver")  # one import of torch for all
-    context.set_forkserver_preload(["torch.distributed.fsdp", "grgauge.distributed"])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "grgauge.gauge.ranks"])
     pairs = {}
+    main = failing_rank.main
     for i, case in enumerate(CASES):
         arguments = str(folder / f"{i}"), str(folder / f"{i}.jsonl"), *case
-        pairs[case] = [context.Process(target=survivor.main, args=(rank, *arguments), daemon=True) for rank in range(2)]
+        pairs[case] = [context.Process(target=main, args=(rank, *arguments), daemon=True) for rank in range(2)]
         for process in pairs[case]:
             process.start()
     results = {}
@@ -42,10 +43,10 @@ def test_the_other_rank_ends_with_an_error(ended, case):
     status, (*readings, end) = ended[case]
     assert status == 1
     assert end["raised"]
-    assert end["in"] == survivor.FATAL + (case[2] == "train")
-    assert end["after"] < survivor.TIMEOUT + 3.0
+    assert end["in"] == failing_rank.FATAL + (case[2] == "train")
+    assert end["after"] < failing_rank.TIMEOUT + 3.0
     if case[1] == "hang":
-        assert end["after"] > survivor.TIMEOUT - 1.0
+        assert end["after"] > failing_rank.TIMEOUT - 1.0
     # Of step 8 one rank's share is missing, so nothing is told of it; what was told before is right.
     assert [reading["step"] for reading in readings] == [2, 4, 6]
 

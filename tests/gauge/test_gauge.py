@@ -517,7 +517,7 @@ def test_replayed_steps_count_as_steps(monkeypatch):
                 p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
             if replayed and t >= 2:
                 with monkeypatch.context() as capturing:
-                    capturing.setattr("grgauge.gauge._capturing", lambda: True)
+                    capturing.setattr("grgauge.gauge.gauge._capturing", lambda: True)
                     optimizer.step()  # a graph would have run it without Python
                 if t == 2:
                     memory = gauge._captured
@@ -537,6 +537,6 @@ def test_what_cannot_be_captured_says_so(monkeypatch):
     gauge = run(OPTIMIZERS["ours, fused"], 3)[-1]
     with pytest.raises(RuntimeError, match=r"replayed\(\) is for steps in a CUDA graph"):
         gauge.replayed()
-    monkeypatch.setattr("grgauge.gauge._capturing", lambda: True)
+    monkeypatch.setattr("grgauge.gauge.gauge._capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call micro_step\\(\\) behind each replay"):
         gauge.micro_step()

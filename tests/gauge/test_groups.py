@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from alone import weighted_truth
+from one_process import weighted_truth
 from readings import BATCH, Net, batch, network
 from torch import nn
 

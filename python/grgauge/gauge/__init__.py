@@ -1,0 +1,9 @@
+"""GR_T, GR_S, noise scale and gradient norm of a training run.
+
+Gauge      reads an optimizer's gradients where the optimizer does, or in a pass of its own
+"""
+
+from .gauge import Gauge
+from .transfer import Transfer
+
+__all__ = ["Gauge", "Transfer"]

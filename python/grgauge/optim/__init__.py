@@ -1,0 +1,9 @@
+"""AdamW whose step also takes the gauges' sums.
+
+AdamW      torch.optim.AdamW's semantics, one kernel call for the parameters of a group that share device and dtype
+"""
+
+from .adamw import AdamW, unwrapped
+from .part import ALIGN, BucketSums, Unclipped, averaged, is_sharded, local
+
+__all__ = ["ALIGN", "AdamW", "BucketSums", "Unclipped", "averaged", "is_sharded", "local", "unwrapped"]

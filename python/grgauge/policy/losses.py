@@ -1,0 +1,102 @@
+"""What the training loss tells that gauges cannot: whether a network has been hurt. Plain numbers, no torch, no I/O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .._validation import require
+
+KEPT = 256
+"""Points of a curve; beyond, every second of its older half goes."""
+
+
+@dataclass
+class Losses:
+    """Training losses of one line of weights, in blocks from check to check.
+
+    first     the first loss, that of untrained weights if it was given
+    curve     [samples, mean loss] of each block
+    variance  of a single loss about its level, half the mean square of successive differences, which no trend enters
+    """
+
+    first: float | None = None
+    curve: list[list[float]] = field(default_factory=list)
+    variance: float = 0.0
+    differences: float = 0.0  # how many, with old ones fading
+    size: int = 1  # losses in the newest block
+    total: float = 0.0
+    count: int = 0
+    last: float | None = None
+
+    def add(self, loss: float) -> None:
+        """Take in a finite loss, of one step or the mean of several."""
+        if self.first is None:
+            self.first = loss
+        self.total, self.count = self.total + loss, self.count + 1
+        if self.last is not None:
+            # half a square beyond 9 variances is a jump, not noise
+            square = 0.5 * (loss - self.last) ** 2
+            if self.differences >= 8.0:
+                square = min(square, 9.0 * self.variance)
+            self.differences = 0.97 * self.differences + 1.0
+            self.variance += (square - self.variance) / self.differences
+        self.last = loss
+
+    def close(self, samples: float) -> float | None:
+        """End the block, at that age of the weights in samples; its mean, None without losses."""
+        if not self.count:
+            return None
+        mean = self.total / self.count
+        self.curve.append([samples, mean])
+        self.total, self.count, self.size = 0.0, 0, self.count
+        if len(self.curve) > KEPT:
+            self.curve = self.curve[: KEPT // 2 : 2] + self.curve[KEPT // 2 :]
+        return mean
+
+    def level(self, blocks: int, since: float = -math.inf) -> float | None:
+        """Mean of the newest `blocks` blocks that ended after `since` samples, None where there are fewer."""
+        values = [mean for samples, mean in self.curve[-blocks:] if samples > since]
+        return sum(values) / blocks if len(values) == blocks > 0 else None
+
+    def untrained(self) -> float | None:
+        """The loss of untrained weights, from the first loss and the first block; None before them."""
+        if self.first is None or not self.curve:
+            return None
+        return min(self.first, 0.5 * (self.first + self.curve[0][1]))
+
+    def blocks(self, since: float) -> int:
+        """How many blocks have ended after `since` samples."""
+        return sum(samples > since for samples, _ in self.curve)
+
+    def error(self, blocks: int) -> float:
+        """Standard error of a `level` of that many blocks."""
+        return math.sqrt(self.variance / (self.size * blocks))
+
+    def fall(self, blocks: int, since: float) -> float | None:
+        """By how much the loss fell from one half of the newest `blocks` blocks to the other; None if too few."""
+        now, both = self.level(blocks // 2, since), self.level(blocks // 2 * 2, since)
+        return None if now is None or both is None else 2.0 * (both - now)
+
+    def at(self, samples: float) -> float | None:
+        """Loss at that age, linear between blocks; None outside the curve."""
+        for (left, low), (right, high) in zip(self.curve, self.curve[1:], strict=False):
+            if left <= samples <= right:
+                return low + (high - low) * (samples - left) / (right - left) if right > left else high
+        return None
+
+    def cut(self, samples: float) -> None:
+        """Forget what came after that age: the weights have gone back to it."""
+        self.curve = [point for point in self.curve if point[0] <= samples]
+        self.total, self.count, self.last = 0.0, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Losses:
+        own = Losses()
+        require(set(state) == set(asdict(own)), "state['losses']", sorted(state), f"keyed {sorted(asdict(own))}")
+        return Losses(**{**state, "curve": [list(point) for point in state["curve"]]})
