@@ -206,11 +206,16 @@ class Bucket:
         return f"Bucket({self.numel} elements, {len(self.sizes)} segments, {kind}, {self.dtype}, {self.device})"
 
 
+def is_dense(t: Tensor) -> bool:
+    """True if the elements of `t`, a strided tensor, fill one contiguous run of memory, in whatever order."""
+    return t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+
+
 def require_dense(t: Tensor, name: str) -> None:
     """Raise ValueError unless the elements of `t` fill one contiguous run of memory, in whatever order."""
     if t.layout != torch.strided:
         raise ValueError(f"{name} has layout {t.layout}; it must be dense (torch.strided)")
-    if not t.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(t):
+    if not is_dense(t):
         raise ValueError(f"{name} has shape {tuple(t.shape)} and strides {t.stride()}, with gaps; use .contiguous()")
 
 

@@ -1,16 +1,16 @@
-"""Parameters and gradients re-homed as views of one flat buffer per device and dtype."""
+"""Gradients, and whatever else is laid out like them, as views of one flat buffer per device and dtype."""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, require_dense
+from .bucket import Bucket, is_dense, require_dense
 
 ALIGNMENT = 64
 """Elements: every segment starts at a multiple of this, so 128 B for two-byte dtypes and 256 B for float32."""
@@ -18,109 +18,94 @@ ALIGNMENT = 64
 _grad_of = operator.attrgetter("grad")
 
 
+def flat_views(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A flat buffer of zeros with room for `tensors`, of one device, and a view of it shaped and laid out like each.
+
+    A tensor with gaps between its elements gets a contiguous view.
+    """
+    room = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in tensors]
+    *starts, extent = accumulate(room, initial=0)
+    buffer = torch.zeros(extent, dtype=dtype, device=tensors[0].device if tensors else None)
+    views = []
+    for t, start in zip(tensors, starts, strict=True):
+        place = buffer[start : start + t.numel()]
+        views.append(place.as_strided(t.shape, t.stride()) if is_dense(t) else place.view(t.shape))
+    return buffer, views
+
+
 class FlatBucket:
-    """The parameters of one device and dtype, as views of two flat buffers.
+    """The gradients of parameters of one device and dtype, as views of one flat buffer.
 
     params  the parameters, one a segment
-    param   flat buffer of their values; [extent], with zeros between segments
-    grad    flat buffer of their gradients, laid out alike
-    bucket  the segments, counted from the start of either buffer
+    grad    flat buffer of their gradients, with zeros between segments; [extent]
+    bucket  the segments, counted from the start of the buffer
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
-        first = self.params[0]
-        starts, extent = [], 0
-        for p in self.params:
-            starts.append(extent)
-            extent += -(-p.numel() // ALIGNMENT) * ALIGNMENT
-        self.param = torch.zeros(extent, dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros_like(self.param)
-        self._starts = starts
-        self._values = self.views(self.param)
-        self._grads = self.views(self.grad)
-        self._addresses = [v.data_ptr() for v in self._values]
-        self._attached: list[Tensor | None] = [None] * len(self.params)
-        self.bucket = Bucket(self._values, base=self.param)
+        self.grad, self._views = flat_views(self.params, self.params[0].dtype)
+        self._addresses = list(map(Tensor.data_ptr, self._views))
+        self.bucket = Bucket(self._views, base=self.grad)
         self.attach()
 
     def __repr__(self) -> str:
-        return f"FlatBucket({len(self.params)} parameters, {self.bucket.numel} elements, {self.param.dtype})"
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """A view of `flat` for each segment, with its parameter's shape and strides."""
-        return [flat.as_strided(p.shape, p.stride(), s) for p, s in zip(self.params, self._starts, strict=True)]
+        return f"FlatBucket({len(self.params)} parameters, {self.bucket.numel} elements, {self.grad.dtype})"
 
     def intact(self) -> bool:
-        """True if every parameter and every gradient still is what the last `attach` left."""
-        # Both scans run in the interpreter's own C loops, 0.2 us a tensor: the only per-tensor work of a step.
-        return (
-            all(map(operator.is_, map(_grad_of, self.params), self._attached))
-            and list(map(Tensor.data_ptr, self.params)) == self._addresses
+        """True if every gradient that there is still is its view of the buffer."""
+        return all(
+            grad is None or (grad is view and grad.data_ptr() == address)
+            for grad, view, address in zip(map(_grad_of, self.params), self._views, self._addresses, strict=True)
         )
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """The segments that had no gradient at the last `attach`."""
-        return tuple([i for i, grad in enumerate(self._attached) if grad is None])
-
-    def movable(self) -> bool:
-        """True if every parameter still has the dtype and device of the buffer, so that `attach` can take it back."""
-        return all(p.dtype == self.param.dtype and p.device == self.param.device for p in self.params)
+        """The segments that have no gradient now."""
+        return tuple([i for i, p in enumerate(self.params) if p.grad is None])
 
     @torch.no_grad()
-    def attach(self) -> tuple[int, int]:
-        """Copy values and gradients that live elsewhere into the buffers and make them views again.
+    def attach(self) -> None:
+        """Copy gradients that live elsewhere into the buffer, and make them views of it again.
 
-        A parameter without a gradient stays without one: as in torch, an optimizer leaves it alone.
+        A parameter without a gradient stays without one, and its place in the buffer holds zeros.
 
-        Returns how many values and how many once attached gradients were taken back. Raises RuntimeError for a sparse
-        gradient, before anything is moved.
+        Raises RuntimeError for a sparse gradient, before anything is moved.
         """
         for i, p in enumerate(self.params):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise RuntimeError(f"the gradient of parameter {i} is sparse ({p.grad.layout}); it must be dense")
-        values = grads = 0
-        for i, p in enumerate(self.params):
-            if p.data_ptr() != self._addresses[i]:
-                self._values[i].copy_(p)
-                p.data = self._values[i]
-                values += 1
+        for i, (p, address) in enumerate(zip(self.params, self._addresses, strict=True)):
+            view = self._views[i]
+            if view.data_ptr() != address:  # somebody gave the view itself other memory (grad.data = ...)
+                self._views[i] = view = _restored(self.grad, view, address)
             if p.grad is None:
-                self._grads[i].zero_()
-            elif p.grad is not self._grads[i]:
-                self._grads[i].copy_(p.grad)
-                p.grad = self._grads[i]
-                grads += self._attached[i] is not None
-            self._attached[i] = p.grad
-        return values, grads
+                view.zero_()
+            elif p.grad is not view:
+                p.grad = view.copy_(p.grad)
 
     def zero_grad(self) -> None:
-        """Zero the gradients in place; those that were set to None stay None."""
-        if not self.intact():
-            self.attach()
+        """Zero the gradients in place; those that are None stay None."""
+        self.attach()
         self.grad.zero_()
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Give every parameter and gradient memory of its own again, values unchanged."""
-        for i, p in enumerate(self.params):
-            if p.data_ptr() == self._addresses[i]:
-                p.data = torch.empty_like(p).copy_(self._values[i])
-            if p.grad is self._grads[i]:
-                p.grad = torch.empty_like(p).copy_(self._grads[i])
+        """Give every gradient memory of its own again, values unchanged."""
+        for p, view in zip(self.params, self._views, strict=True):
+            if p.grad is view:
+                p.grad = torch.empty_like(p).copy_(view)
 
 
 class FlatBuckets:
-    """Re-home parameters, and their gradients as they appear, as views of one flat buffer per device and dtype.
+    """Make gradients, as they appear, views of one flat buffer per device and dtype.
 
-    Parameter objects stay the same, so names, state_dict and weights tied by sharing a Parameter are untouched. Use it
-    as a context manager, or call `detach()`, to give every tensor memory of its own again.
+    Parameters keep their own memory, so names, state_dict, tied weights and whatever saves or shares a model are
+    untouched. Gradients accumulate into the views; `zero_grad` of this class zeroes them in place. Use it as a context
+    manager, or call `detach()`, to give every gradient memory of its own again.
 
-    params  parameters; frozen ones (requires_grad=False) are left where they are
+    params  parameters; frozen ones (requires_grad=False) are left out
 
-    Raises ValueError if two parameters share memory without being one object, or one is not dense: re-homing would
-    silently untie them.
+    Raises TypeError or ValueError for a parameter that no bucket can hold.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -129,25 +114,24 @@ class FlatBuckets:
             if p.requires_grad:
                 require_dense(p, f"params[{i}]")
                 groups.setdefault((p.device, p.dtype), []).append(p)
-        require_disjoint([p for group in groups.values() for p in group])
         self.buckets = [FlatBucket(group) for group in groups.values()]
 
     def intact(self) -> bool:
-        """True if every parameter and every gradient is still a view of its buffer."""
+        """True if every gradient that there is is a view of its buffer."""
         return all(b.intact() for b in self.buckets)
 
     def attach(self) -> None:
-        """Take back whatever has moved out of the buffers, by copying it in."""
+        """Take back gradients that live elsewhere, by copying them in."""
         for b in self.buckets:
             b.attach()
 
     def zero_grad(self) -> None:
-        """Zero the gradients in place; those that were set to None stay None."""
+        """Zero the gradients in place; those that are None stay None."""
         for b in self.buckets:
             b.zero_grad()
 
     def detach(self) -> None:
-        """Give every parameter and gradient memory of its own again, values unchanged."""
+        """Give every gradient memory of its own again, values unchanged."""
         for b in self.buckets:
             b.detach()
 
@@ -160,11 +144,6 @@ class FlatBuckets:
         self.detach()
 
 
-def require_disjoint(params: Sequence[Tensor]) -> None:
-    """Raise ValueError if two of the tensors share memory."""
-    spans = sorted((p.data_ptr(), p.numel() * p.element_size(), i) for i, p in enumerate(params) if p.numel())
-    for (start, size, i), (other, _, j) in itertools.pairwise(spans):
-        if start + size > other:
-            raise ValueError(
-                f"params[{i}] and params[{j}] share memory but are two objects; tie weights by sharing one Parameter"
-            )
+def _restored(buffer: Tensor, view: Tensor, address: int) -> Tensor:
+    start = (address - buffer.data_ptr()) // buffer.element_size()
+    return buffer.as_strided(view.shape, view.stride(), start)

@@ -256,7 +256,11 @@ def prepare_adamw_(
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"betas is {betas}; both must lie in [0, 1)")
     if not isinstance(step, Tensor):
-        step = torch.full((), float(step), device=plan.rows.device)  # a fill, where a copy would wait for the device
+        step = torch.full(
+            (), float(step), dtype=torch.float32, device=plan.rows.device
+        )  # a fill, where a copy would wait for the device
+    elif torch.compiler.is_compiling():
+        pass  # a tracer knows sizes by symbols, and cannot name them in a message
     elif step.dtype != torch.float32 or step.numel() not in (1, plan.segments) or step.device != plan.rows.device:
         raise ValueError(
             f"step is {step.dtype} {tuple(step.shape)} on {step.device}; it must be an int, or float32 [] or "

@@ -28,7 +28,7 @@ class FusedSource:
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, beta: float) -> bool:
         """Clipping inside the step makes the first moment one of clipped gradients; the gauge reads raw ones."""
-        fused = isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None
+        fused = isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None and optimizer.sums_all
         return fused and all(group["betas"][0] == beta for group in optimizer.param_groups)
 
     def problem(self) -> str | None:
@@ -59,7 +59,8 @@ class ClippingSource:
     @staticmethod
     def fits(optimizer: AdamW, share: float) -> bool:
         """Where a sample is looked at, a small pass of its own is less than a large one with a state."""
-        return optimizer.max_grad_norm is not None and share == 1.0 and optimizer._unclipped is None
+        free = optimizer.sums_all and optimizer._unclipped is None
+        return optimizer.max_grad_norm is not None and share == 1.0 and free
 
     def problem(self) -> str | None:
         return None

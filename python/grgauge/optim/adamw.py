@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import profiler
+from torch.nn.parameter import is_lazy
+from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import grgauge_kernels as gk
-from grgauge_kernels.bucket import DTYPES, require_dense
-from grgauge_kernels.flat import require_disjoint
 
-from .part import BucketSums, Gradients, Part, Unclipped, is_sharded
+from .param_bucket import BucketSums, Gradients, ParamBucket, Unclipped, takes
 
 ParamGroup = dict[str, Any]
 Observer = Callable[[list[BucketSums]], None]
@@ -29,29 +30,61 @@ _library.define("observed(Tensor[] stats, Tensor[] steps, SymInt optimizer) -> (
 _compiled: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
+_grad_of, _params_of = operator.attrgetter("grad"), operator.itemgetter("params")
+_routed_by = operator.itemgetter("amsgrad", "differentiable")
 
-class AdamW(torch.optim.Optimizer):
+
+class _Known(NamedTuple):
+    """What the buckets were made of; where the optimizer has something else now, they are made anew.
+
+    groups     its param_groups, and the parameters and options of each
+    state      the keys and values of its state
+    outsiders  parameters in no bucket: they have neither a state nor a gradient
+    others     (group, parameters) that no kernel takes: torch's own AdamW updates them
+    """
+
+    groups: list[ParamGroup]
+    params: list[list[Tensor]]
+    options: list[tuple[Any, ...]]
+    state: tuple[list[Tensor], list[dict[str, Any]]]
+    outsiders: list[Tensor]
+    others: list[tuple[ParamGroup, list[Tensor]]]
+
+
+class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW in one pass over the gradients, with the sums that the gauges need taken on the way.
 
-    params, lr, betas, eps, weight_decay, maximize   as in torch.optim.AdamW; lr may be a tensor of one element
+    params, lr, betas, eps, weight_decay, amsgrad, maximize   as in torch.optim.AdamW
     max_grad_norm   clip the gradients of all groups together to this L2 norm, as torch.nn.utils.clip_grad_norm_ does,
               without a pass of its own over them: one to read the norm, one to update. `grad_norm` then holds the
               norm before clipping. p.grad itself is left as it is
     skip_nonfinite  with max_grad_norm: where the norm is not finite, change nothing at all in that step
-    flat      re-home parameters and gradients as views of one flat buffer per group, device and dtype, so that a step's
-              host work does not grow with their number (`grgauge_kernels.FlatBuckets`)
+    flat      place moments in one flat buffer per group, device and dtype, and from `zero_grad(set_to_none=False)` on
+              gradients too (`grgauge_kernels.FlatBuckets`). Parameters keep their own memory
     backend   a name from `grgauge_kernels.backends()`, or None for the best one of each device
-    foreach, capturable, fused   accepted for torch's signature; the step is always fused and capturable
+    foreach, capturable, fused   accepted for torch's signature; a kernel's step is always fused and capturable
 
-    Parameters are float32, bfloat16 or float16; both moments are float32 whatever the parameters are. state_dict is
-    torch.optim.AdamW's, in both directions, mid-training.
+    As in torch, `param_groups` and `state` are the truth: whatever a program changes there, or about parameters and
+    gradients, the next step follows. state_dict is torch.optim.AdamW's, in both directions, mid-training. Both moments
+    are float32, whatever the parameters are; torch's are like the parameters.
 
-    Under torch.compile the step is part of the graph, an op a bucket, and what observes it is told as ever. The graph
-    ends at a step with a closure, hooks, clipping, flat=True or sharded parameters, and goes on behind it. A number as
-    lr is compiled in: let a scheduler change a tensor.
+    The kernels take parameters of float32, bfloat16 and float16. Others, and groups with amsgrad or differentiable, are
+    updated by torch's own AdamW, and no gauge sees them.
 
-    Raises ValueError for `amsgrad=True` or `differentiable=True` (not supported), for numbers out of range and for
-    parameters with gaps between their elements; TypeError for other parameter dtypes.
+    Under torch.compile the step is part of the graph, an op a bucket, and its observers are called as ever. The graph
+    ends at a step with a closure, hooks, clipping, parameters that torch updates or sharded ones, and goes on after it.
+    A number as lr is compiled in: let a scheduler change a tensor.
+
+    Raises ValueError for what torch.optim.AdamW refuses, and for max_grad_norm or skip_nonfinite out of range.
+
+    Example:
+        >>> import torch, grgauge
+        >>> net = torch.nn.Linear(4, 2)
+        >>> optimizer = grgauge.AdamW(net.parameters(), lr=1e-3, max_grad_norm=1.0)
+        >>> net(torch.ones(3, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bool(optimizer.grad_norm > 0)
+        True
     """
 
     # GradScaler then leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
@@ -76,19 +109,6 @@ class AdamW(torch.optim.Optimizer):
         flat: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": (float(betas[0]), float(betas[1])),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": True,
-        }
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
         if skip_nonfinite and max_grad_norm is None:
@@ -97,25 +117,36 @@ class AdamW(torch.optim.Optimizer):
             )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.grad_norm: Tensor | None = None
         self._flat = flat
         self._backend = backend
+        self._begin()
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def _begin(self) -> None:
+        """What no other optimizer, be it a copy or unpickled, takes over from this one."""
+        self.grad_norm: Tensor | None = None
         self._observers: list[Observer] = []
         self._unclipped: tuple[Unclipped, Observer] | None = None
-        self._parts: list[Part] | None = None
-        self._outsiders: list[Tensor] = []  # frozen parameters without a gradient
+        self._buckets: list[ParamBucket] = []
+        self._known: _Known | None = None
         self._number = next(_numbers)
-        super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group, as in torch; its options and parameters are checked before anything changes."""
-        _check_options({**self.defaults, **param_group})
-        params = param_group["params"]
-        if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):  # those two are torch's to answer
-            param_group["params"] = params = list(params)
-            _check_params(params)
-        super().add_param_group(param_group)
-        self._parts = None
+    @property
+    def sums_all(self) -> bool:
+        """True if the kernels take all parameters, so that observers see each gradient."""
+        return all(is_lazy(p) or takes(group, p) for group in self.param_groups for p in group["params"])
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Call `observer` with the sums of every step from now on; returns a function that ends it."""
@@ -149,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         hooked = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         if torch.compiler.is_compiling():
-            plain = not (hooked or closure or self._flat or self.max_grad_norm or self._unclipped)
+            plain = not (hooked or closure or self.max_grad_norm or self._unclipped)
             if not plain:
                 return self._untraced_step(closure)
             self._traced_step()
@@ -176,57 +207,88 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, grads: list[Gradients]) -> tuple[list[BucketSums], list[BucketSums]]:
-        """One update of every part: its sums, and those before clipping, if somebody observes them.
+        """One update of everything: the sums of each bucket, and those before clipping, if somebody observes them.
 
-        What is refused, in whichever part, is refused before the first is changed.
+        What is refused, in whichever bucket, is refused before the first is changed.
         """
-        parts = self._parts or []
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        both, backend = list(zip(parts, grads, strict=True)), self._backend
-        clip, unclipped = None, []
+        both, backend = list(zip(self._buckets, grads, strict=True)), self._backend
+        clip: Tensor | None = None
+        stats: list[Tensor] = []
+        unclipped: list[BucketSums] = []
         if self._unclipped is not None:
             emas = self._unclipped[0]
-            averages = [part.average(emas, own, inv_scale, found_inf, backend) for part, own in both]
+            averages = [bucket.average(emas, own, inv_scale, found_inf, backend) for bucket, own in both]
             stats, unclipped = [average[0] for average in averages], [average[1] for average in averages]
         elif self.max_grad_norm is not None:
-            stats = [part.measure(own, inv_scale, backend) for part, own in both]
-        if self.max_grad_norm is not None and parts:
-            clip, found_inf = self._clip(self.max_grad_norm, parts, stats, inv_scale, found_inf)
+            stats = [bucket.measure(own, inv_scale, backend) for bucket, own in both]
+        if self.max_grad_norm is not None:
+            clip, found_inf = self._clip(self.max_grad_norm, stats, inv_scale, found_inf)
         sums = bool(self._observers)
-        updates = [part.prepare(own, inv_scale, found_inf, clip, sums, backend) for part, own in both]
-        return [part.step(*update) for part, update in zip(parts, updates, strict=True)], unclipped
+        updates = [bucket.prepare(own, inv_scale, found_inf, clip, sums, backend) for bucket, own in both]
+        seen = [bucket.step(*update) for bucket, update in zip(self._buckets, updates, strict=True)]
+        if self._known is not None and self._known.others:
+            self._update_by_torch(self._known.others, inv_scale, found_inf, clip)
+        return seen, unclipped
 
-    def _clip(
+    def _update_by_torch(
         self,
-        max_norm: float,
-        parts: list[Part],
-        stats: list[Tensor],
+        others: list[tuple[ParamGroup, list[Tensor]]],
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        clip: Tensor | None,
+    ) -> None:
+        if found_inf is not None and found_inf.item():
+            return
+        for group, params in others:
+            with torch.set_grad_enabled(group["differentiable"]):
+                lists: Any = [[] for _ in range(6)]
+                has_complex = super()._init_group({**group, "params": params}, *lists)
+                for factor in (inv_scale, clip):
+                    if factor is not None:
+                        lists[1] = [grad * factor.to(grad.device) for grad in lists[1]]
+                options: dict[str, Any] = {name: group[name] for name in PASSED_ON}
+                beta1, beta2 = group["betas"]
+                options.update(beta1=beta1, beta2=beta2, has_complex=has_complex, decoupled_weight_decay=True)
+                adam(*lists, **options)
+
+    def _clip(
+        self, max_norm: float, stats: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The factor that brings the norm of all gradients down to max_norm, and found_inf with `skip_nonfinite`.
 
-        stats  the sums of each part
+        stats  the sums of each bucket
         """
-        device = parts[0].steps.device
-        columns = torch.stack([sums.sum(0).to(device) for sums in stats]).sum(0)
-        if parts[0].sharded:
-            columns = _over_shards(columns, parts[0].params[0])
+        buckets, others = self._buckets, [p.grad for p in self._others_with_grad() if p.grad is not None]
+        if not (buckets or others):
+            return None, found_inf
+        device = buckets[0].device if buckets else others[0].device
+        zeros = torch.zeros(len(gk.STATS), dtype=torch.float64, device=device)
+        columns = torch.stack([zeros, *(sums.sum(0).to(device) for sums in stats)]).sum(0)
+        if buckets and buckets[0].sharded:
+            columns = _over_shards(columns, buckets[0].params[0])
+        scale = 1.0 if inv_scale is None else inv_scale.to(device)
+        rest = torch.nn.utils.get_total_norm(others).to(device).double() * scale if others else zeros[0]
         broken = columns[gk.STATS.index("nonfinite")] > 0
-        norm = columns[gk.STATS.index("grad_sq")].sqrt()
+        norm = (columns[gk.STATS.index("grad_sq")] + rest.square()).sqrt()
         if device.type != "cpu":
             norm = norm.where(~broken, torch.nan)
         elif broken:
             # The sums left something out: NaN, an infinity or a huge number, which clip_grad_norm_ tells apart.
-            every = [p.grad for part in parts for p in part.params if p.grad is not None]
-            total = torch.nn.utils.get_total_norm(every)
-            norm = getattr(total, "full_tensor", lambda: total)().double() * (1.0 if inv_scale is None else inv_scale)
+            every = [p.grad for bucket in buckets for p in bucket.params if p.grad is not None]
+            total = torch.nn.utils.get_total_norm([*every, *others])
+            norm = getattr(total, "full_tensor", lambda: total)().double() * scale
         self.grad_norm = norm.float()
         if self.skip_nonfinite:
             skip = (~norm.isfinite()).float()
             found_inf = skip if found_inf is None else torch.maximum(skip, found_inf.to(device).reshape(()))
         return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), found_inf
+
+    def _others_with_grad(self) -> list[Tensor]:
+        """The parameters that torch's own AdamW updates in this step."""
+        others = () if self._known is None else self._known.others
+        return [p for _, params in others for p in params if p.grad is not None]
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # A graph ends before such a step and goes on behind it: hooks and closures may do anything, no graph can tell if
@@ -236,104 +298,131 @@ class AdamW(torch.optim.Optimizer):
     def _traced_step(self) -> None:
         """The step as part of a compiled function's graph: an op a bucket, and one for the observers."""
         self._init_group()
-        parts = self._parts or []
-        for part in parts:
-            if part.sharded:
-                self._untraced_step(None)
-                return
+        if self._untraceable:
+            self._untraced_step(None)
+            return
         with torch.no_grad():
-            seen, _ = self._update([part.traced_grads() for part in parts])
+            seen, _ = self._update([bucket.traced_grads() for bucket in self._buckets])
             if self._observers:
                 stats, steps = [bucket.stats for bucket in seen], [bucket.steps for bucket in seen]
                 torch.ops.grgauge.observed.default(stats, steps, self._number)
 
-    def _init_group(self) -> None:
+    def _init_group(self) -> None:  # type: ignore[override]
         """Whatever a trace cannot follow: torch's compiler runs the method of this name when it traces a step.
 
         What it leaves behind is guarded: another set of gradients, say, is traced anew.
         """
         self._collect()
+        others = self._known is not None and self._known.others
+        self._untraceable = bool(others or any(bucket.sharded or bucket.copied for bucket in self._buckets))
         _compiled[self._number] = self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch. With flat=True gradients are zeroed in place, whatever `set_to_none` says: they stay views."""
-        if not self._flat or self._parts is None:
-            super().zero_grad(set_to_none)
-            return
-        for part in self._parts:
-            assert part.flat is not None
-            part.flat.zero_grad()
+        """As in torch. With flat=True, gradients that are kept become views of one flat buffer."""
+        super().zero_grad(set_to_none)
+        if self._flat and not set_to_none:
+            for bucket in self._buckets:
+                bucket.flatten_grads()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim.AdamW; nothing is shared with it afterwards.
+        """Load a state_dict of this class or of torch.optim.AdamW, by way of the hooks for it, as in torch."""
+        loaded: list[Mapping[str, Any]] = []
+        # The last hook before, and the first one after: between them is torch's own loading.
+        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        after = self.register_load_state_dict_post_hook(lambda _: self._keep_float32(loaded[-1]), prepend=True)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            before.remove()
+            after.remove()
 
-        Raises ValueError if it was made with amsgrad=True, or for other groups, before anything is changed.
-        """
-        for group in state_dict["param_groups"]:
-            _check_options({**self.defaults, **group})
-        super().load_state_dict(dict(state_dict))
-        # torch has cast the moments to the parameters' dtype; ours are float32, so take the saved ones as they are.
-        params = [p for group in self.param_groups for p in group["params"]]
+    def _keep_float32(self, state_dict: Mapping[str, Any]) -> None:
+        """torch has cast moments to the parameters' dtype; where that lost bits, take the saved ones as they are."""
+        params = [(group, p) for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, p in zip(indices, params, strict=True):
-            if index in state_dict["state"]:
-                saved = state_dict["state"][index]
-                self.state[p] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+        for index, (group, p) in zip(indices, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                rounded = isinstance(value, Tensor) and name != "step" and value.dtype == torch.float32 != p.dtype
+                if rounded and takes(group, p):
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_grad_norm", "skip_nonfinite", "_flat", "_backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # An unpickled or copied optimizer has only what torch keeps: it goes on with loose tensors.
-        unset = {"max_grad_norm": None, "skip_nonfinite": False, "grad_norm": None, "_flat": False, "_backend": None}
-        for name, value in unset.items():
-            self.__dict__.setdefault(name, value)
-        self.__dict__.setdefault("_observers", [])
-        self.__dict__.setdefault("_unclipped", None)
-        self._number = next(_numbers)
-        self._parts = None
-        for group in self.param_groups:
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
+        if "_observers" not in self.__dict__:  # a copy, or unpickled; else somebody loads a state
+            self._begin()
 
     def _collect(self) -> list[Gradients]:
-        """This step's gradients of each part; the parts are made anew where they no longer fit."""
-        current = self._parts is not None and self._parts_state is self.state and len(self.state) > 0
-        if not current or _any_grad(self._outsiders):
-            return self._build_parts()
-        collected = []
-        for part in self._parts or ():
-            grads = part.collect()
-            if grads is None:
-                return self._build_parts()
-            collected.append(grads)
-        return collected
+        """This step's gradients of each bucket; the buckets are made anew where they no longer fit."""
+        if not self._is_current():
+            return self._build()
+        return [bucket.collect(list(map(_grad_of, bucket.params))) for bucket in self._buckets]
 
-    def _build_parts(self) -> list[Gradients]:
-        """Parts for every parameter that takes part in training, with the state they have so far."""
-        if self._flat:
-            params = [p for group in self.param_groups for p in group["params"]]
-            if any(map(is_sharded, params)):
-                raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
-            require_disjoint(params)
-        for part in self._parts or ():
-            if part.flat is not None:
-                part.flat.detach()
-        parts, self._outsiders = [], []
+    def _is_current(self) -> bool:
+        """True if the buckets are still made of what the optimizer has. All loops run in the interpreter's C code."""
+        known = self._known
+        return (
+            known is not None
+            and _same(self.param_groups, known.groups)
+            and all(map(_same, map(_params_of, self.param_groups), known.params))
+            and list(map(_routed_by, self.param_groups)) == known.options
+            and _same(self.state.keys(), known.state[0])
+            and _same(self.state.values(), known.state[1])
+            and not any(map(operator.is_not, map(_grad_of, known.outsiders), itertools.repeat(None)))
+            and not any(takes(group, p) for group, params in known.others for p in params)
+            and all(bucket.fits() for bucket in self._buckets)
+        )
+
+    def _build(self) -> list[Gradients]:
+        """Buckets for every parameter that has a state or a gradient; this step's gradients of each."""
+        old = {(id(bucket.group), bucket.device, bucket.dtype): bucket for bucket in self._buckets}
+        buckets, outsiders, others = list[ParamBucket](), list[Tensor](), list[tuple[ParamGroup, list[Tensor]]]()
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            rest = list[Tensor]()
             for p in group["params"]:
-                if p.requires_grad or p.grad is not None:
+                if is_lazy(p) or (p.grad is None and not self.state.get(p)):
+                    outsiders.append(p)
+                elif takes(group, p):
                     alike.setdefault((p.device, p.dtype), []).append(p)
                 else:
-                    self._outsiders.append(p)
-            parts += [Part(group, params, self.state, self._flat) for params in alike.values()]
-        collected = []
-        for part in parts:
-            grads = part.collect()
-            if grads is None:
-                raise TypeError("a gradient has another dtype or device than its parameter; AdamW needs them alike")
-            collected.append(grads)
-        self._parts, self._parts_state = parts, self.state
+                    rest.append(p)
+            if rest:
+                others.append((group, rest))
+            for key, params in alike.items():
+                states = [{} if (own := self.state.get(p)) is None else own for p in params]
+                before = old.get((id(group), *key))
+                if before and _same(before.params, params) and _same(before.states, states) and before.fits():
+                    buckets.append(before)
+                else:
+                    buckets.append(ParamBucket(group, params, states, self._flat))
+        if any(p.grad is not None and p.grad.is_sparse for _, params in others for p in params):
+            raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
+        collected = [bucket.collect([p.grad for p in bucket.params]) for bucket in buckets]
+        for bucket in buckets:
+            bucket.commit(self.state)
+        self._buckets = buckets
+        self._known = _Known(
+            list(self.param_groups),
+            [list(group["params"]) for group in self.param_groups],
+            list(map(_routed_by, self.param_groups)),
+            (list(self.state), list(self.state.values())),
+            outsiders,
+            others,
+        )
         return collected
+
+
+PASSED_ON = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")
+"""Options of a group that torch's function is given as they are."""
+
+
+def _same(these: Collection[Any], those: Collection[Any]) -> bool:
+    """True if both hold the same objects in the same order."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -351,47 +440,16 @@ def _over_shards(sums: Tensor, param: Any) -> Tensor:
     return sums
 
 
-def _any_grad(params: list[Tensor]) -> bool:
-    return any(p.grad is not None for p in params)
-
-
 def _reciprocal(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.float().reciprocal()
 
 
-def _check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that torch.optim.AdamW refuses too, or that this class does not support."""
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must hold one")
-    if not float(lr) >= 0.0:
-        raise ValueError(f"lr is {float(lr)}; it must be at least 0")
-    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-        raise ValueError(f"betas is {betas}; it must hold two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name} is {group[name]}; it must be at least 0")
-    for name in ("amsgrad", "differentiable"):
-        if group[name]:
-            raise ValueError(f"{name}=True is not supported; use torch.optim.AdamW for it")
-
-
-def _check_params(params: list[Any]) -> None:
-    for i, entry in enumerate(params):
-        p = entry[1] if isinstance(entry, tuple) else entry
-        if isinstance(p, Tensor):
-            require_dense(p, f"params[{i}]")
-            if p.dtype not in DTYPES:
-                raise TypeError(f"params[{i}] has dtype {p.dtype}; it must be float32, bfloat16 or float16")
-
-
 def _observed(stats: list[Tensor], steps: list[Tensor], optimizer: int) -> None:
-    """Tell the observers of a compiled step's sums. Its memory is the graph's to reuse, so they get copies."""
+    """Hand a compiled step's sums to the observers. Its memory is the graph's to reuse, so they get copies."""
     own = _compiled[optimizer]
-    parts = own._parts or []
     seen = [
-        BucketSums(part.params, part.plan, sums.clone(), count.clone())
-        for part, sums, count in zip(parts, stats, steps, strict=True)
+        BucketSums(bucket.params, bucket.plan, sums.clone(), count.clone())
+        for bucket, sums, count in zip(own._buckets, stats, steps, strict=True)
     ]
     for observer in own._observers:
         observer(seen)

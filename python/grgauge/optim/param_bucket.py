@@ -1,0 +1,366 @@
+"""The parameters of one optimizer group that one kernel call updates: their gradients, moments and step counts.
+
+The truth is the optimizer's `param_groups` and `state`. What is kept here is a cache of it: `fits` tells if it still
+is one, and where it is not, it is made anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import grgauge_kernels as gk
+from grgauge_kernels.bucket import DTYPES, is_dense
+from grgauge_kernels.flat import FlatBucket, flat_views
+from grgauge_kernels.ops import prepare_adamw_
+
+
+@dataclass
+class BucketSums:
+    """What one step's kernel call saw of one bucket.
+
+    params  the parameters
+    plan    the chunks visited
+    stats   float64 [segments of the plan, 6], the columns named by grgauge_kernels.STATS; NaN if the step was skipped
+    steps   float32 [parameters], number of updates each parameter has had; changes in place with the next step
+    """
+
+    params: list[Tensor]
+    plan: gk.Plan
+    stats: Tensor
+    steps: Tensor
+
+
+@dataclass
+class Unclipped:
+    """EMAs of gradients as they are before clipping, m <- beta m + (1 - beta) g.
+
+    state  parameter -> (its EMA, float32 [elements that this rank holds]; number of updates it has had, float32 [])
+    """
+
+    beta: float
+    state: dict[Tensor, tuple[Tensor, Tensor]]
+
+
+ALIGN = 8
+"""Elements: 32 bytes of a gauge's own states."""
+
+PLANS = 16
+"""Plans kept, one for each set of parameters without a gradient: experts and heads take turns."""
+
+Gradients = Sequence[Tensor]
+"""Of one bucket, as its kernel call is given them. Nobody keeps them after the step: set to None, they are freed."""
+
+_dtype_of, _layout_of = map(operator.attrgetter, ("dtype", "layout"))
+_moments_of = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
+
+
+def takes(group: Mapping[str, Any], p: Tensor) -> bool:
+    """True if the kernels can update this parameter; torch's own AdamW does the others."""
+    plain = not (group["amsgrad"] or group["differentiable"])
+    return plain and p.dtype in DTYPES and local(p).layout == torch.strided
+
+
+class ParamBucket:
+    """Parameters of one group that share a device and a dtype: one kernel call a step.
+
+    group   the param_group
+    params  some of its parameters
+    states  for each of them its dict in the optimizer's state, or an empty one; filled by `commit`
+    flat    place new moments in one flat buffer each, as `zero_grad(set_to_none=False)` does with gradients
+
+    Moments that are there already are used as they are. Only those that a kernel cannot use, as they are not float32
+    or laid out unlike the parameter, are replaced by copies that it can.
+
+    Raises ValueError for a moment that is not of its parameter's shape. Nothing is changed before `commit`.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], flat: bool = False
+    ) -> None:
+        self.group, self.params, self.states, self.flat = group, params, states, flat
+        self.sharded = any(map(is_sharded, params))
+        self._held = [local(p) for p in params]
+        # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
+        self.own = [t if is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held]
+        self.copied = [(t, own) for t, own in zip(self._held, self.own, strict=True) if t is not own]
+        self.dtype, self.device = self.own[0].dtype, self.own[0].device
+        self.bucket = gk.Bucket(self.own)
+        self.rows = self.bucket.plan_rows(align=ALIGN)
+        self.emas: tuple[Unclipped, Tensor, Tensor] | None = None
+        self._plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
+        self._flat_grads: FlatBucket | None = None
+
+        self.steps = _counts([state.get("step", 0.0) for state in states], self.device)
+        first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
+        self.exp_avgs, self.exp_avg_sqs = tuple(map(local, first)), tuple(map(local, second))
+        self._tensors = list(chain.from_iterable(zip(self.steps.unbind(), first, second, strict=True)))
+        self._addresses = self._addresses_now()
+        self._sizes = list(map(Tensor.numel, self._held))
+        self._strides = list(map(Tensor.stride, self._held))
+        self._contiguous = all(map(Tensor.is_contiguous, self._held))
+
+    def commit(self, state: dict[Tensor, Any]) -> None:
+        """Put moments and step counts into the optimizer's state."""
+        for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
+            own["step"], own["exp_avg"], own["exp_avg_sq"] = self._tensors[3 * i : 3 * i + 3]
+            state[p] = own
+
+    def fits(self) -> bool:
+        """True if parameters and moments still are where and what they were. Their dicts are the optimizer's to check.
+
+        All loops run in the interpreter's C code.
+        """
+        try:
+            tensors = chain.from_iterable(map(_moments_of, self.states))
+            if not all(map(operator.is_, tensors, self._tensors)):
+                return False
+        except KeyError:
+            return False
+        if self.sharded:
+            self._held = [local(p) for p in self.params]
+        return (
+            self._addresses_now() == self._addresses
+            and list(map(Tensor.numel, self._held)) == self._sizes
+            and set(map(_dtype_of, self._held)) == {self.dtype}
+            and (
+                all(map(Tensor.is_contiguous, self._held))
+                if self._contiguous
+                else list(map(Tensor.stride, self._held)) == self._strides
+            )
+        )
+
+    def _addresses_now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, chain(self._held, self.exp_avgs, self.exp_avg_sqs)))
+
+    def _moments(self, name: str) -> list[Tensor]:
+        """One moment of each parameter: the one that it has, else zeros."""
+        found = [state.get(name) for state in self.states]
+        missing = [i for i, moment in enumerate(found) if moment is None]
+        if self.flat:
+            new = iter(flat_views([self.own[i] for i in missing], torch.float32)[1])
+        else:
+            new = (torch.zeros_like(self._like(i), dtype=torch.float32, requires_grad=False) for i in missing)
+        return [next(new) if moment is None else self._usable(i, name, moment) for i, moment in enumerate(found)]
+
+    def _like(self, i: int) -> Tensor:
+        return self.params[i] if is_sharded(self.params[i]) else self.own[i]
+
+    def _usable(self, i: int, name: str, moment: Tensor) -> Tensor:
+        like, held = self._like(i), local(moment)
+        if moment.shape != like.shape:
+            raise ValueError(
+                f"state[p][{name!r}] has shape {tuple(moment.shape)} for a parameter of shape {tuple(like.shape)}; it "
+                "must have the parameter's"
+            )
+        placed = held.dtype == torch.float32 and held.device == self.device and held.layout == torch.strided
+        if placed and held.stride() == self.own[i].stride():
+            return moment
+        return torch.zeros_like(like, dtype=torch.float32, requires_grad=False).copy_(moment)
+
+    def collect(self, grads: Sequence[Tensor | None]) -> Gradients:
+        """This step's gradients, one a parameter, as the kernel takes them; plans to leave out those that are None.
+
+        Raises RuntimeError for a sparse gradient, TypeError for dtypes that one call cannot take.
+        """
+        absent = list(map(operator.is_, grads, repeat(None)))
+        missing = tuple([i for i, gone in enumerate(absent) if gone]) if True in absent else ()
+        present: list[Any] = list(grads)
+        if self.sharded:
+            present = [None if grad is None else local(grad) for grad in present]
+        for i in missing:
+            present[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
+        if set(map(_layout_of, present)) != {torch.strided}:
+            raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
+        dtypes = set(map(_dtype_of, present))
+        if len(dtypes) != 1 or dtypes.pop() not in DTYPES:
+            named = sorted({str(grad.dtype) for grad in grads if grad is not None})
+            raise TypeError(f"gradients of {self.dtype} parameters have dtypes {named}; they must all have one")
+        if not (self._contiguous and all(map(Tensor.is_contiguous, present))):
+            present = [_laid_out_like(p, g) for p, g in zip(self.own, present, strict=True)]
+        self._leave_out(missing)
+        if self.copied:
+            with torch.no_grad():
+                for held, own in self.copied:
+                    own.copy_(held)
+        return present
+
+    def _leave_out(self, missing: tuple[int, ...]) -> None:
+        if missing not in self._plans:
+            if len(self._plans) >= PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            # Whatever is missing, the others keep their places in a state.
+            plan = gk.Plan(self.bucket, self.rows[~np.isin(self.rows[:, 0], missing)])
+            present = np.ones(len(self.params), dtype=np.float32)
+            present[list(missing)] = 0.0
+            self._plans[missing] = plan, torch.from_numpy(present).to(self.device)
+        self.plan, self.present = self._plans[missing]
+        self.missing = missing
+
+    def traced_grads(self) -> Gradients:
+        """What `collect` returned, in a compiled graph: the gradients of the day."""
+        grads = [p.grad for p in self.params]
+        # Always true; it is here for the compiler, which sees that the plan rests on it and guards it.
+        assert self.missing == tuple([i for i, grad in enumerate(grads) if grad is None])
+        return [p if grad is None else _laid_out_like(p, grad) for p, grad in zip(self.own, grads, strict=True)]
+
+    def flatten_grads(self) -> None:
+        """Make the gradients views of one flat buffer."""
+        if self._flat_grads is None:
+            self._flat_grads = FlatBucket(self.params)
+        else:
+            self._flat_grads.attach()
+
+    def measure(self, grads: Gradients, inv_scale: Tensor | None, backend: str | None) -> Tensor:
+        return gk.measure_(grads, self.plan, inv_scale=_on(self.steps.device, inv_scale), backend=backend)
+
+    def average(
+        self,
+        unclipped: Unclipped,
+        grads: Gradients,
+        inv_scale: Tensor | None,
+        found_inf: Tensor | None,
+        backend: str | None,
+    ) -> tuple[Tensor, BucketSums]:
+        """As `measure`, and in the same pass the EMAs: their sums, which are NaN if the step is to be skipped."""
+        ema, steps = self._states_of(unclipped)
+        ema = ema[: self.plan.states]
+        stats, told = averaged(
+            grads, self.plan, ema, unclipped.beta, steps, self.present, inv_scale, found_inf, backend
+        )
+        return stats, BucketSums(self.params, self.plan, told, steps)
+
+    def _states_of(self, unclipped: Unclipped) -> tuple[Tensor, Tensor]:
+        """The EMA of all parameters, laid out as the plan is, and their numbers of updates; the state views both."""
+        if self.emas is None or self.emas[0] is not unclipped:
+            # Of a tensor without elements there are no rows.
+            begin = {segment: int(place) for segment, place in reversed(self.rows[:, [0, 3]].tolist())}
+            size = int((self.rows[:, 2] + self.rows[:, 3]).max(initial=0))
+            ema = torch.zeros(size, dtype=torch.float32, device=self.device)
+            steps = torch.zeros_like(self.steps)
+            for i, p in enumerate(self.params):
+                place = begin.get(i, 0)
+                own = ema[place : place + self.own[i].numel()], steps[i]
+                for new, old in zip(own, unclipped.state.get(p, ()), strict=False):
+                    new.copy_(old)
+                unclipped.state[p] = own
+            self.emas = unclipped, ema, steps
+        return self.emas[1:]
+
+    def prepare(
+        self,
+        grads: Gradients,
+        inv_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip: Tensor | None,
+        sums: bool,
+        backend: str | None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """All of an update but what changes something: the arguments of `step`."""
+        group, device = self.group, self.steps.device
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device != device:
+            lr = float(lr)
+        betas: Any = group["betas"]
+        if any(isinstance(beta, Tensor) for beta in betas):
+            betas = tuple(map(float, betas))
+        inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
+        counted = self.present if found_inf is None else self.present * (1 - found_inf)
+        update = prepare_adamw_(
+            self.own,
+            grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.plan,
+            step=self.steps,
+            lr=lr,
+            betas=betas,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            inv_scale=inv_scale,
+            found_inf=found_inf,
+            clip=_on(device, clip),
+            maximize=group["maximize"],
+            sums=sums,
+            backend=backend,
+        )
+        return counted, update
+
+    def step(self, counted: Tensor, update: Callable[[], Tensor]) -> BucketSums:
+        self.steps.add_(counted)
+        try:
+            stats = update()
+        except BaseException:
+            self.steps.sub_(counted)  # no update was made, so none may be counted
+            raise
+        if self.copied:
+            with torch.no_grad():
+                for held, own in self.copied:
+                    held.copy_(own)
+        return BucketSums(self.params, self.plan, stats, self.steps)
+
+
+def averaged(
+    grads: Gradients,
+    plan: gk.Plan,
+    ema: Tensor,
+    beta: float,
+    steps: Tensor,
+    present: Tensor | int,
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One update of an EMA: the sums as measured, and as they are told, which is NaN where `found_inf` skips the step.
+
+    steps    numbers of updates, to which `present` is added
+    """
+    inv_scale, found_inf = _on(steps.device, inv_scale), _on(steps.device, found_inf)
+    if found_inf is None:
+        stats = gk.measure_(grads, plan, ema=ema, beta=beta, inv_scale=inv_scale, backend=backend)
+        steps.add_(present)
+        return stats, stats
+    skip = found_inf != 0
+    # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
+    own = torch.ones((), dtype=torch.float32, device=steps.device) if inv_scale is None else inv_scale
+    scale = torch.where(skip, torch.nan, own)
+    stats = gk.measure_(grads, plan, ema=ema, beta=beta, inv_scale=scale, backend=backend)
+    steps.add_(present * ~skip)
+    return stats, torch.where(skip, torch.nan, stats)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """True for a DTensor, as FSDP2 makes of parameters: what it holds here is part of it."""
+    return hasattr(t, "to_local")
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds; any other tensor is its own."""
+    if not is_sharded(t):
+        return t
+    with torch.no_grad():  # else a copy's worth of autograd comes along
+        return t.to_local()  # type: ignore[attr-defined]
+
+
+def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the memory order of its parameter; a copy only where autograd chose another."""
+    if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
+        return grad
+    return torch.empty_like(p, requires_grad=False).copy_(grad.detach())
+
+
+def _counts(steps: Iterable[Tensor | float], device: torch.device) -> Tensor:
+    """Step counts as float32 [parameters] on the device, without waiting for it."""
+    counts = [torch.as_tensor(step, dtype=torch.float32).reshape(()).to(device, non_blocking=True) for step in steps]
+    return torch.stack(counts)
+
+
+def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
+    return value if value is None or value.device == device else value.to(device, non_blocking=True)
