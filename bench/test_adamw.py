@@ -22,7 +22,8 @@ where buffers outgrow the last cache, as 50 M parameters do; at smaller sizes a 
 a cache, roofs and steps alike, and the host work of a step counts for more.
 
 Every variant has its own tensors with the same values, and all four optimizers must end at the same parameters.
-In layout `flat`, ours keep their 300 tensors in one flat buffer; torch and by_hand have them loose, as their users do.
+In layout `flat`, ours keep moments and gradients of their 300 tensors in flat buffers; torch and by_hand have them
+loose, as their users do.
 """
 
 from __future__ import annotations
@@ -217,6 +218,10 @@ class Training:
             self.step = self.step_by_hand
         if variant == "torch_clip":
             self.step = self.step_clipped
+        # Gradients that are kept: with flat=True they become views of one buffer here.
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.renew()
 
     def renew(self) -> None:
         """Draw new gradients in place."""

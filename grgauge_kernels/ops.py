@@ -329,11 +329,11 @@ def _check_streams(plan: Plan, **streams: Sequence[Tensor]) -> None:
     if torch.compiler.is_compiling():  # once for all calls, and only what a tracer can follow
         return _explain_all(plan, streams)
     for name, tensors in streams.items():
-        if name in STATES and plan.checked.get(name) is tensors:
+        if plan.checked.get(name) is tensors:
             continue
         if not _as_usual(plan, tensors, FLOAT32 if name in STATES else FLOATS):
             return _explain_all(plan, streams)
-        if type(tensors) is tuple:  # it cannot change, and nobody but its owner's kernel touches a moment
+        if name in STATES and type(tensors) is tuple:  # nobody but its owner's kernel touches a moment
             plan.checked[name] = tensors
 
 

@@ -10,7 +10,6 @@ from parity.programs import PROGRAMS
 
 from grgauge import AdamW, Gauge
 
-
 NO_GAUGE = {"parameters_of_double_and_complex"}
 """Rows whose parameters no gauge reads."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -305,9 +306,9 @@ class Gauge:
 
     def _take(self, sums: list[BucketSums]) -> None:
         """Take in the sums of a step."""
-        # A source makes all its lists of parameters anew when one changes, so the first tells of all.
-        if len(sums) != len(self._layout) or (sums and sums[0].params is not self._layout[0]):
-            self._lay_out([bucket.params for bucket in sums])
+        layout = [bucket.params for bucket in sums]
+        if len(layout) != len(self._layout) or not all(map(operator.is_, layout, self._layout)):
+            self._lay_out(layout)
         self._step += 1
         self._rows.append(sums)
         if self._step % self.every == 0:

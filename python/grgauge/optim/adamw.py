@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 import grgauge_kernels as gk
 
-from .param_bucket import BucketSums, Gradients, ParamBucket, Unclipped, takes
+from .param_bucket import BucketSums, Gradients, ParamBucket, Unclipped, same, takes
 
 ParamGroup = dict[str, Any]
 Observer = Callable[[list[BucketSums]], None]
@@ -39,7 +39,7 @@ class _Known(NamedTuple):
 
     groups     its param_groups, and the parameters and options of each
     state      the keys and values of its state
-    outsiders  parameters in no bucket: they have neither a state nor a gradient
+    outsiders  parameters in no bucket: frozen ones without a state and without a gradient
     others     (group, parameters) that no kernel takes: torch's own AdamW updates them
     """
 
@@ -359,32 +359,42 @@ class AdamW(torch.optim.AdamW):
         """This step's gradients of each bucket; the buckets are made anew where they no longer fit."""
         if not self._is_current():
             return self._build()
-        return [bucket.collect(list(map(_grad_of, bucket.params))) for bucket in self._buckets]
+        collected = [bucket.collect(list(map(_grad_of, bucket.params))) for bucket in self._buckets]
+        if any(bucket.joined for bucket in self._buckets):
+            self._commit()
+        return collected
+
+    def _commit(self) -> None:
+        """Put the buckets' moments into `state`, and remember what it then is."""
+        for bucket in self._buckets:
+            bucket.commit(self.state)
+        assert self._known is not None
+        self._known = self._known._replace(state=(list(self.state), list(self.state.values())))
 
     def _is_current(self) -> bool:
         """True if the buckets are still made of what the optimizer has. All loops run in the interpreter's C code."""
         known = self._known
         return (
             known is not None
-            and _same(self.param_groups, known.groups)
-            and all(map(_same, map(_params_of, self.param_groups), known.params))
+            and same(self.param_groups, known.groups)
+            and all(map(same, map(_params_of, self.param_groups), known.params))
             and list(map(_routed_by, self.param_groups)) == known.options
-            and _same(self.state.keys(), known.state[0])
-            and _same(self.state.values(), known.state[1])
+            and same(self.state.keys(), known.state[0])
+            and same(self.state.values(), known.state[1])
             and not any(map(operator.is_not, map(_grad_of, known.outsiders), itertools.repeat(None)))
             and not any(takes(group, p) for group, params in known.others for p in params)
             and all(bucket.fits() for bucket in self._buckets)
         )
 
     def _build(self) -> list[Gradients]:
-        """Buckets for every parameter that has a state or a gradient; this step's gradients of each."""
+        """Buckets for every parameter that takes part in training; this step's gradients of each."""
         old = {(id(bucket.group), bucket.device, bucket.dtype): bucket for bucket in self._buckets}
         buckets, outsiders, others = list[ParamBucket](), list[Tensor](), list[tuple[ParamGroup, list[Tensor]]]()
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             rest = list[Tensor]()
             for p in group["params"]:
-                if is_lazy(p) or (p.grad is None and not self.state.get(p)):
+                if is_lazy(p) or not (p.requires_grad or p.grad is not None or self.state.get(p)):
                     outsiders.append(p)
                 elif takes(group, p):
                     alike.setdefault((p.device, p.dtype), []).append(p)
@@ -393,36 +403,25 @@ class AdamW(torch.optim.AdamW):
             if rest:
                 others.append((group, rest))
             for key, params in alike.items():
-                states = [{} if (own := self.state.get(p)) is None else own for p in params]
+                states = [self.state.get(p) for p in params]
                 before = old.get((id(group), *key))
-                if before and _same(before.params, params) and _same(before.states, states) and before.fits():
+                if before and before.is_of(params, states) and before.fits():
                     buckets.append(before)
                 else:
                     buckets.append(ParamBucket(group, params, states, self._flat))
         if any(p.grad is not None and p.grad.is_sparse for _, params in others for p in params):
             raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
         collected = [bucket.collect([p.grad for p in bucket.params]) for bucket in buckets]
-        for bucket in buckets:
-            bucket.commit(self.state)
         self._buckets = buckets
-        self._known = _Known(
-            list(self.param_groups),
-            [list(group["params"]) for group in self.param_groups],
-            list(map(_routed_by, self.param_groups)),
-            (list(self.state), list(self.state.values())),
-            outsiders,
-            others,
-        )
+        groups = list(self.param_groups)
+        known = [list(group["params"]) for group in groups]
+        self._known = _Known(groups, known, list(map(_routed_by, groups)), ([], []), outsiders, others)
+        self._commit()
         return collected
 
 
 PASSED_ON = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")
 """Options of a group that torch's function is given as they are."""
-
-
-def _same(these: Collection[Any], those: Collection[Any]) -> bool:
-    """True if both hold the same objects in the same order."""
-    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

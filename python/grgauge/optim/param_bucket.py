@@ -7,7 +7,7 @@ is one, and where it is not, it is made anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
@@ -58,8 +58,13 @@ PLANS = 16
 Gradients = Sequence[Tensor]
 """Of one bucket, as its kernel call is given them. Nobody keeps them after the step: set to None, they are freed."""
 
-_dtype_of, _layout_of = map(operator.attrgetter, ("dtype", "layout"))
+_dtype_of = operator.attrgetter("dtype")
 _moments_of = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
+
+
+def same(these: Collection[Any], those: Collection[Any]) -> bool:
+    """True if both hold the same objects in the same order."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def takes(group: Mapping[str, Any], p: Tensor) -> bool:
@@ -73,7 +78,7 @@ class ParamBucket:
 
     group   the param_group
     params  some of its parameters
-    states  for each of them its dict in the optimizer's state, or an empty one; filled by `commit`
+    states  for each of them its dict in the optimizer's state, None if it has none or an empty one
     flat    place new moments in one flat buffer each, as `zero_grad(set_to_none=False)` does with gradients
 
     Moments that are there already are used as they are. Only those that a kernel cannot use, as they are not float32
@@ -83,13 +88,16 @@ class ParamBucket:
     """
 
     def __init__(
-        self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], flat: bool = False
+        self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any] | None], flat: bool = False
     ) -> None:
-        self.group, self.params, self.states, self.flat = group, params, states, flat
+        self.group, self.params, self.flat = group, params, flat
+        # As in torch, a parameter has no state before its first gradient.
+        self.pending = {i for i, state in enumerate(states) if not state}
+        self.states = [state or {} for state in states]
         self.sharded = any(map(is_sharded, params))
         self._held = [local(p) for p in params]
         # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
-        self.own = [t if is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held]
+        self.own = tuple([t if is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held])
         self.copied = [(t, own) for t, own in zip(self._held, self.own, strict=True) if t is not own]
         self.dtype, self.device = self.own[0].dtype, self.own[0].device
         self.bucket = gk.Bucket(self.own)
@@ -98,7 +106,7 @@ class ParamBucket:
         self._plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
         self._flat_grads: FlatBucket | None = None
 
-        self.steps = _counts([state.get("step", 0.0) for state in states], self.device)
+        self.steps = _counts([state.get("step", 0.0) for state in self.states], self.device)
         first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
         self.exp_avgs, self.exp_avg_sqs = tuple(map(local, first)), tuple(map(local, second))
         self._tensors = list(chain.from_iterable(zip(self.steps.unbind(), first, second, strict=True)))
@@ -108,10 +116,22 @@ class ParamBucket:
         self._contiguous = all(map(Tensor.is_contiguous, self._held))
 
     def commit(self, state: dict[Tensor, Any]) -> None:
-        """Put moments and step counts into the optimizer's state."""
+        """Put moments and step counts into the optimizer's state, for parameters that have one or a gradient now."""
         for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
             own["step"], own["exp_avg"], own["exp_avg_sq"] = self._tensors[3 * i : 3 * i + 3]
-            state[p] = own
+            if i in self.pending and i not in self.missing:
+                state[p] = own
+                self.pending.remove(i)
+
+    def is_of(self, params: list[Tensor], states: list[dict[str, Any] | None]) -> bool:
+        """True if it was made of these very parameters and states."""
+        own = [None if i in self.pending else state for i, state in enumerate(self.states)]
+        return same(self.params, params) and same(own, [state or None for state in states])
+
+    @property
+    def joined(self) -> bool:
+        """True if a parameter has its first gradient."""
+        return bool(self.pending) and not self.pending.issubset(self.missing)
 
     def fits(self) -> bool:
         """True if parameters and moments still are where and what they were. Their dicts are the optimizer's to check.
@@ -168,7 +188,7 @@ class ParamBucket:
     def collect(self, grads: Sequence[Tensor | None]) -> Gradients:
         """This step's gradients, one a parameter, as the kernel takes them; plans to leave out those that are None.
 
-        Raises RuntimeError for a sparse gradient, TypeError for dtypes that one call cannot take.
+        Raises RuntimeError for a sparse gradient.
         """
         absent = list(map(operator.is_, grads, repeat(None)))
         missing = tuple([i for i, gone in enumerate(absent) if gone]) if True in absent else ()
@@ -177,13 +197,11 @@ class ParamBucket:
             present = [None if grad is None else local(grad) for grad in present]
         for i in missing:
             present[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
-        if set(map(_layout_of, present)) != {torch.strided}:
-            raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
-        dtypes = set(map(_dtype_of, present))
-        if len(dtypes) != 1 or dtypes.pop() not in DTYPES:
-            named = sorted({str(grad.dtype) for grad in grads if grad is not None})
-            raise TypeError(f"gradients of {self.dtype} parameters have dtypes {named}; they must all have one")
-        if not (self._contiguous and all(map(Tensor.is_contiguous, present))):
+        try:
+            in_order = self._contiguous and all(map(Tensor.is_contiguous, present))
+        except RuntimeError:  # sparse tensors do not answer
+            in_order = False
+        if not in_order:
             present = [_laid_out_like(p, g) for p, g in zip(self.own, present, strict=True)]
         self._leave_out(missing)
         if self.copied:
@@ -198,6 +216,7 @@ class ParamBucket:
                 self._plans.pop(next(iter(self._plans)))
             # Whatever is missing, the others keep their places in a state.
             plan = gk.Plan(self.bucket, self.rows[~np.isin(self.rows[:, 0], missing)])
+            plan.checked["params"] = self.own  # `fits` does it, at each step
             present = np.ones(len(self.params), dtype=np.float32)
             present[list(missing)] = 0.0
             self._plans[missing] = plan, torch.from_numpy(present).to(self.device)
@@ -351,6 +370,8 @@ def local(t: Tensor) -> Tensor:
 
 def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
     """The gradient in the memory order of its parameter; a copy only where autograd chose another."""
+    if grad.layout != torch.strided:
+        raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
     if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
         return grad
     return torch.empty_like(p, requires_grad=False).copy_(grad.detach())
