@@ -171,7 +171,7 @@ def test_a_gauge_may_be_made_on_accelerates_wrapper(tmp_path):
     other, bare = trainer_of(OPTIMIZERS["ours"], tmp_path, max_grad_norm=NORM)
     other.train()
     assert late.taken == bare.taken
-    assert any("changed behind the last micro_step(), as clipping does" in note for note in late.taken[-1].notes)
+    assert any("changed after the last micro_step(), as clipping does" in note for note in late.taken[-1].notes)
 
 
 def test_max_grad_norm_of_ours_reads_the_raw_gradient(tmp_path):
