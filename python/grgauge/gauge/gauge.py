@@ -370,7 +370,8 @@ class Gauge:
             raise RuntimeError("a step cannot be captured in a CUDA graph while its gauge is attached to a module")
 
     def _take(self, sums: list[BucketSums]) -> None:
-        self._windows.take(sums, self._settings)
+        nothing = self._ranks is None and not any(bucket.plan.numel for bucket in sums)
+        self._windows.take([] if nothing else sums, self._settings)
 
     @property
     def _settings(self) -> Settings:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WARM_UP = 20
 """Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
 
-NOTHING_TRAINED = Unavailable("no parameter of the optimizer requires a gradient")
+NOTHING_TRAINED = Unavailable("no parameter of the optimizer has a gradient")
 
 
 class Statistics:
