@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any
 
 
@@ -11,11 +12,12 @@ from typing import Any
 class SegmentReading:
     """One parameter's share of a reading.
 
-    name       the parameter's name if the optimizer was given names, else "group.index"
-    numel      its elements
-    gr_t       its own temporal redundancy, None before its first gradient
-    grad_norm  L2 norm of its gradient at the reading
-    nonfinite  non-finite elements in that gradient
+    Attributes:
+        name: the parameter's name if the optimizer was given names, else "group.index".
+        numel: its elements.
+        gr_t: GR_T of it alone, None before its first gradient.
+        grad_norm: L2 norm of its gradient at the reading.
+        nonfinite: non-finite elements in that gradient.
     """
 
     name: str
@@ -27,24 +29,42 @@ class SegmentReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading of the gauges. A quantity that cannot be told is None, and `notes` says why.
+    """One reading of the gauges. A quantity that is not available is None, and `notes` says why.
 
-    step               optimizer steps the gauge has seen
-    batch_size         global batch in samples
-    gr_t               temporal redundancy V^/||m^||^2 (1: all agree, 19: no correlation, 361: bounce; at beta = 0.9)
-    gr_t_error         standard error of gr_t about its recent level
-    settled            share (1-b^t)/(1+b^t) of its final value that uncorrelated gradients would read after t steps;
-                       a target for gr_t is multiplied by it
-    gr_s               spatial redundancy (G2+S)/(B G2+S), in (0, 1]
-    gr_s_error         its standard error
-    noise_scale        S/G2 in samples: tr Cov(per-sample gradient) / ||true gradient||^2
-    noise_scale_error  its standard error
-    grad_norm          L2 norm of the mean gradient, non-finite elements left out
-    nonfinite          non-finite gradient elements since the last reading
-    critical           True in the critical learning period: the gradient norm is still on its way
-    ready              True if every gauge that is available has seen enough to be acted on
-    notes              why something is missing or not ready, and what was read where that is not plain, in words
-    table              makes `segments`
+    Readings compare by value, all but the per-segment table; they pickle, with the table. `dataclasses.asdict` and
+    `to_dict` leave it out.
+
+    Attributes:
+        step: optimizer steps that the gauge has seen.
+        batch_size: global batch in samples.
+        gr_t: temporal redundancy V^/|m^|^2 ("GR-Gauge", Eq. 18). At beta = 0.9: 1 if all gradients agree, 19 if
+            successive ones are uncorrelated, 361 if each is the opposite of the one before.
+        gr_t_error: standard error of gr_t about its recent level.
+        settled: finite-time factor (1-b^t)/(1+b^t): the share of its final value that uncorrelated gradients read after
+            t steps. A target for gr_t is multiplied by it.
+        gr_s: spatial redundancy (G2+S)/(B G2+S), in (0, 1] ("GR-Gauge", Lemma 2).
+        gr_s_error: its standard error.
+        noise_scale: S/G2 in samples: tr Cov(per-sample gradient) / |true gradient|^2.
+        noise_scale_error: its standard error.
+        grad_norm: L2 norm of the mean gradient, non-finite elements left out; nan if every step since the last reading
+            was skipped.
+        nonfinite: non-finite gradient elements since the last reading.
+        critical: True in the critical learning period: the gradient norm is still changing.
+        ready: True if every gauge that is available has seen enough to be acted on.
+        notes: why something is missing or not ready, and what was read where that is not plain, in words.
+
+    Args:
+        table: makes `segments`.
+
+    Example:
+        >>> from grgauge import Reading
+        >>> reading = Reading(
+        ...     step=50, batch_size=64, gr_t=12.0, gr_t_error=1.5, settled=0.99, gr_s=None, gr_s_error=None,
+        ...     noise_scale=None, noise_scale_error=None, grad_norm=0.7, nonfinite=0, critical=False, ready=True,
+        ...     notes=("GR_S not available: groups is 1; it needs at least two micro-batches or ranks",),
+        ... )
+        >>> Reading.from_dict(reading.to_dict()) == reading
+        True
     """
 
     step: int
@@ -61,13 +81,44 @@ class Reading:
     critical: bool
     ready: bool
     notes: tuple[str, ...] = ()
-    table: Callable[[], tuple[SegmentReading, ...]] = field(default=tuple, repr=False, compare=False)
+    table: InitVar[Callable[[], tuple[SegmentReading, ...]]] = tuple
 
-    @property
+    def __post_init__(self, table: Callable[[], tuple[SegmentReading, ...]]) -> None:
+        self.__dict__["_table"] = table
+
+    @functools.cached_property
     def segments(self) -> tuple[SegmentReading, ...]:
-        """The per-segment table, made when it is asked for."""
-        return self.table()
+        """The per-segment table, one row a parameter, made when it is first asked for."""
+        made: tuple[SegmentReading, ...] = self.__dict__["_table"]()
+        self.__dict__["_table"] = tuple  # what it was made from can go
+        return made
 
-    def to_dict(self) -> dict[str, Any]:
-        """The reading without its per-segment table, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "table"}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "segments": self.segments, "_table": tuple}
+
+    def to_dict(self, *, segments: bool = False) -> dict[str, Any]:
+        """The reading as plain values, ready for JSON.
+
+        Args:
+            segments: True to include the per-segment table, as a list of dicts.
+        """
+        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**plain, "segments": [asdict(row) for row in self.segments]} if segments else plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Reading:
+        """The reading that `to_dict` made plain, also after a round trip through JSON.
+
+        Args:
+            values: all fields, with or without "segments".
+
+        Raises:
+            ValueError: a field is missing, or unknown.
+        """
+        names = {f.name for f in fields(cls)}
+        if not names <= set(values) <= names | {"segments"}:
+            missing, unknown = sorted(names - set(values)), sorted(set(values) - names - {"segments"})
+            raise ValueError(f"values lacks {missing} and has {unknown} too many; it must be what Reading.to_dict made")
+        rows = tuple(SegmentReading(**row) for row in values.get("segments", ()))
+        plain = {name: values[name] for name in names}
+        return cls(**{**plain, "notes": tuple(values["notes"])}, table=lambda: rows)

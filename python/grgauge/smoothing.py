@@ -171,13 +171,15 @@ class Temporal:
         self._grad_sq += (1.0 - beta) / (1.0 - beta**self._steps) * (grad_sq - self._grad_sq)
         return True
 
-    def read(self, ema_sq: float) -> float:
+    def read(self, ema_sq: float, grad_sq: float | None = None) -> float:
         """GR_T now, from |m|^2 of the bias-corrected EMA, which goes into the history behind the standard errors too.
+
+        `grad_sq` replaces V where parameters have had gradients at different steps: then the sum of each one's own V.
 
         nan before the first step. What is not finite and above 0, and a second reading of one step, is left out of the
         history.
         """
-        value = gr_t(self.grad_sq, ema_sq)
+        value = gr_t(self.grad_sq if grad_sq is None else grad_sq, ema_sq)
         apart = self.steps - self._read_at
         # Readings `apart` steps from each other share gradients: their correlation is measured to lie between
         # beta^(2 apart), under pure noise, and beta^apart, under signal and noise. The larger keeps the error honest.

@@ -538,5 +538,5 @@ def test_what_cannot_be_captured_says_so(monkeypatch):
     with pytest.raises(RuntimeError, match=r"replayed\(\) is for steps in a CUDA graph"):
         gauge.replayed()
     monkeypatch.setattr("grgauge.gauge.gauge._capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="call micro_step\\(\\) behind each replay"):
+    with pytest.raises(RuntimeError, match="call micro_step\\(\\) after each replay"):
         gauge.micro_step()

@@ -56,11 +56,11 @@ def sampled():
     errors: dict[int, float] = {}
     for i, gauge in enumerate(gauges):
 
-        def heard(*args, i=i, of_gr_t=gauge._sample_error.of_gr_t):
+        def heard(*args, i=i, of_gr_t=gauge._windows.statistics.sample_error.of_gr_t):
             errors[i] = of_gr_t(*args)
             return errors[i]
 
-        gauge._sample_error.of_gr_t = heard  # the share in gr_t_error that a sample is answerable for
+        gauge._windows.statistics.sample_error.of_gr_t = heard  # the sample's share
     train(model, gauges, optimizer, STEPS)
     readings = [gauge.reading() for gauge in gauges]
     assert errors[0] == 0.0

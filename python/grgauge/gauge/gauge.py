@@ -3,53 +3,78 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..estimators import Groups, gr_s, two_batch
-from ..optim import AdamW, BucketSums, is_sharded, unwrapped
+from ..optim import AdamW, BucketSums, unwrapped
 from ..reading import Reading
-from ..smoothing import CriticalPeriod, Spatial, Temporal
-from ..theory import finite_time_factor
-from .segments import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, SampleError, Table
-from .sources import ClippingSource, FusedSource, OwnSource, Sample
-from .transfer import Transfer
+from .halves import _length as _length  # tuning imports them from here
+from .halves import _part as _part
+from .micro_batches import MicroBatches
+from .sources import ClippingSource, FusedSource, OwnSource, Sample, reciprocal, require_readable
+from .statistics import Statistics
+from .windows import Settings, Windows
 
 if TYPE_CHECKING:
     from .ranks import CommHook, Ranks
-
-WARM_UP = 20
-"""Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
 
 
 class Gauge:
     """Reads GR_T, GR_S, the gradient noise scale and the gradient norm while an optimizer trains.
 
+    GR_T is V^/|m^|^2 of "GR-Gauge" (Wang and Chen), Eq. 18: the bias-corrected moving mean of the squared gradient norm
+    over the squared norm of the bias-corrected moving mean of the gradient. GR_S is (G2+S)/(B G2+S), Lemma 2 there,
+    with S and G2 estimated from groups as in appendix D and in McCandlish et al., "An Empirical Model of Large-Batch
+    Training", appendix A.1.
+
     On `grgauge.AdamW` with betas[0] equal to the gauge's beta the sums come from the step itself: the optimizer's first
     moment is the m of GR_T. Where it clips, m is an EMA of unclipped gradients, kept by the pass that reads their norm.
-    With more than `sample` parameters there, and on any other optimizer, it is one of the gauge's own over `sample` of
-    them, updated before each step through the optimizer's step hooks. Gradients are read as the optimizer gets them.
+    With more than `sample` parameters there, and on any other optimizer, m is an EMA of the gauge's own over a sample
+    of them, updated by the optimizer's step hooks. Gradients are read as the optimizer gets them.
 
-    optimizer   any torch optimizer with dense gradients, or Lightning's or accelerate's wrapper around one
-    batch_size  global batch in samples; set it anew when the batch changes
-    groups      micro-batches in a step; None: as many as `micro_step` was called for. GR_S needs at least two. With
-                `attach`, ranks are the groups
-    every       steps between readings
-    sample      parameters looked at, where a pass of the gauge's own is needed
-    beta        smoothing factor of both moments of GR_T, and over readings of S and G2. The published target of GR_T
-                belongs to 0.9
-    seed        which parameters a sample takes
-    scaler      the torch.amp.GradScaler in use, so that groups are read at their true scale
+    The gauge never changes training: weights end bit for bit as without it.
 
-    Steps captured in a CUDA graph are read as well: see `replayed`.
+    Args:
+        optimizer: any torch optimizer with dense gradients, or Lightning's or accelerate's wrapper around one.
+        batch_size: global batch in samples (or in tokens, where losses are means over tokens: then the noise scale is
+            in tokens too). Assign `gauge.batch_size` when the batch changes.
+        groups: micro-batches in a step. None: as many as `micro_step` was called for. GR_S needs at least two. With
+            `attach`, ranks are the groups.
+        every: steps between readings.
+        sample: number of parameters to look at, where the gauge needs a pass of its own.
+        beta: smoothing factor of both moments of GR_T, and over readings of S and G2. The published target of GR_T
+            belongs to 0.9.
+        seed: chooses the sample.
+        scaler: the torch.amp.GradScaler in use, so that groups are read at their true scale.
 
-    Raises ValueError for a number out of range.
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: a parameter that is trained is not float32, bfloat16 or float16.
+
+    Example:
+        >>> import torch, grgauge
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = grgauge.AdamW(model.parameters(), lr=1e-2)
+        >>> gauge = grgauge.Gauge(optimizer, batch_size=32)
+        >>> for step in range(40):
+        ...     optimizer.zero_grad()
+        ...     for _ in range(4):
+        ...         x = torch.randn(8, 10)
+        ...         loss = (model(x) - x[:, :1]).square().mean() / 4
+        ...         loss.backward()
+        ...         gauge.micro_step()
+        ...     optimizer.step()
+        >>> reading = gauge.reading()
+        >>> reading.step, reading.ready
+        (40, True)
+        >>> 0.0 < reading.gr_s <= 1.0 <= reading.gr_t
+        True
     """
 
     def __init__(
@@ -72,21 +97,23 @@ class Gauge:
         if not 0.0 < beta < 1.0:
             raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
         optimizer = unwrapped(optimizer)
+        require_readable(optimizer)
         self.batch_size, self.groups, self.every, self.beta = batch_size, groups, every, beta
         self._optimizer, self._scaler = optimizer, scaler if scaler is not None and scaler.is_enabled() else None
         self._attempt: object = None
-        self._temporal, self._spatial, self._critical = Temporal(beta), Spatial(beta), CriticalPeriod(beta=beta)
-        self._table, self._sample_error = Table([], [], beta), SampleError(beta)
-        self._layout: list[list[torch.Tensor]] = []
-        self._step = 0
-        self._rows: list[list[BucketSums]] = []
-        self._groups: list[list[BucketSums]] = []
-        self._shares: list[tuple[float | None, float | None]] = []
         self._captured: list[BucketSums] = []
-        self._ranks: Ranks | None = None
-        self._in_flight: list[_Window] = []
-        self._newest: Reading | None = None
+        self._removed = False
         self._sample, self._seed = Sample(optimizer, sample, seed), seed
+        self._micro = MicroBatches(self._sample, lambda: not _capturing() and self._due(), self._inv_scale)
+        self._windows = Windows(
+            optimizer,
+            Statistics(beta),
+            self._micro,
+            problem=lambda: self._source.problem(),
+            # A sample's norm is not the whole's.
+            comparable=lambda: self._sample.share == 1.0 or isinstance(self._source, OwnSource),
+            restart=self.restart,
+        )
         self._source: FusedSource | ClippingSource | OwnSource
         if isinstance(optimizer, AdamW) and FusedSource.fits(optimizer, beta):
             self._source = FusedSource(optimizer, beta, self._on_step)
@@ -95,20 +122,30 @@ class Gauge:
         else:
             self._source = OwnSource(optimizer, self._sample, beta, self._on_step)
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a Gauge is hooked into its optimizer and can be neither pickled nor copied: keep gauge.state_dict(), make "
+            "a Gauge on the other optimizer and give it to load_state_dict()"
+        )
+
     def attach(self, module: torch.nn.Module, *, comm_hook: CommHook | None = None, state: Any = None) -> None:
         """Make the ranks of a data-parallel module the groups of GR_S; no `micro_step` is needed then.
 
-        module      DistributedDataParallel, or the root module that torch.distributed.fsdp.fully_shard was applied to
-                    (a mesh of two dimensions is HSDP: all its ranks are groups)
-        comm_hook, state   DDP: the communication hook that reduces the gradients, and its state; None is DDP's own
-                    all-reduce. The gauge measures before it and behind it
+        Every rank takes part in one small asynchronous all-reduce a reading (with FSDP2 one for every 64 steps, where
+        readings are further apart), and all of them hold the same readings. Where gradients accumulate, keep all
+        micro-batches but the last from being reduced. With FSDP2, call `state_dict` on all ranks alike.
 
-        Every rank takes part in one small asynchronous all-reduce a reading, and all of them hold the same readings.
-        Where gradients accumulate, keep all micro-batches but the last from being reduced. With FSDP2, `state_dict`
-        must be called on all ranks alike.
+        Args:
+            module: DistributedDataParallel, or the root module that torch.distributed.fsdp.fully_shard was applied to
+                (a mesh of two dimensions is HSDP: all its ranks are groups).
+            comm_hook: DDP: the communication hook that reduces the gradients. None is DDP's own all-reduce. The gauge
+                measures before it and after it.
+            state: the state of `comm_hook`.
 
-        Raises TypeError for another kind of module, ValueError if it has a communication hook already or the gauge is
-        attached, RuntimeError where the installed torch lacks what this rests on.
+        Raises:
+            TypeError: another kind of module.
+            ValueError: the module has a communication hook already, or the gauge is attached.
+            RuntimeError: the installed torch lacks what this rests on.
         """
         try:
             from .ranks import Ranks
@@ -119,54 +156,84 @@ class Gauge:
 
         if self._ranks is not None:
             raise ValueError("module is the second one: the gauge is attached to one already")
-        self._ranks = Ranks(module, self._sample.share, self._seed, self._due, self._inv_scale, comm_hook, state)
+        self._windows.ranks = Ranks(
+            module, self._sample.share, self._seed, self._due, self._inv_scale, comm_hook, state
+        )
 
     def micro_step(self, samples: float | None = None, weight: float | None = None) -> None:
         """Call after each micro-batch's backward: the gradient that it has added is one group of GR_S.
 
-        samples  its size in samples, or in tokens where losses are means over tokens; None: batch_size / groups
-        weight   its loss's share in the step's, in any unit (its tokens, say); None: all alike
+        Gradients must accumulate over the step. On steps that are not read it costs nothing. What is no longer in the
+        gradient when the optimizer steps does not count: micro-batches before gradients were cleared, as in a step that
+        is abandoned. Where gradients were changed otherwise between two micro-batches, or not cleared before the step,
+        GR_S skips the reading, with a note. One parameter's gradient is watched for that, through autograd hooks: what
+        is accumulated without autograd, as by the replay of a CUDA graph, is taken as it is.
 
-        Gradients must accumulate over the step. Costs nothing but on the steps that are read. Where ranks are the
-        groups (`attach`) it is needed only for what it says of this rank: samples and weights of its micro-batches add
-        up.
+        Where ranks are the groups (`attach`) it only says what this rank's samples and weight are; those of several
+        micro-batches add up. After `remove` it does nothing.
 
-        Raises ValueError for a size or weight that is not above 0, RuntimeError while a CUDA graph is captured.
+        Args:
+            samples: size of the micro-batch in samples, or in tokens where losses are means over tokens. None:
+                batch_size / groups.
+            weight: share of its loss in the step's, in any unit (its tokens, say). None: all alike.
+
+        Raises:
+            ValueError: a size or weight is not above 0.
+            RuntimeError: a CUDA graph is being captured.
         """
         if _capturing():
             raise RuntimeError(
                 "micro_step() cannot be captured in a CUDA graph: capture one micro-batch's backward, and call "
-                "micro_step() behind each replay"
+                "micro_step() after each replay"
             )
         for name, value in (("samples", samples), ("weight", weight)):
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, or None")
-        if not self._due():
+        if self._removed:
             return
-        if self._ranks is not None:
+        if not self._due():
+            if self._ranks is None:
+                self._micro.prepare()
+        elif self._ranks is not None:
             self._ranks.count(samples, weight)
         else:
-            self._groups.append(self._sample.difference(self._inv_scale()))
-            self._shares.append((samples, weight))
+            self._micro.add(samples, weight)
 
     def split_backward(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """Backward of one batch on one device; on steps that are read in two halves, which are the groups of GR_S.
 
-        loss_fn  maps a batch to its mean loss
-        batch    a tensor [samples, ...], or a tuple, list or dict of such
+        The halves' losses are weighted by their sizes, so gradients add up to the same mean over the batch. A batch of
+        one sample is not split, and gives no GR_S.
 
-        Returns the loss, detached. The halves' losses are weighted by their sizes, so gradients add up to the same mean
-        over the batch. A batch of one sample is not split, and gives no GR_S. Raises ValueError for tensors of unequal
-        length, or without any, and where ranks are the groups.
+        Args:
+            loss_fn: maps a batch to its mean loss.
+            batch: a tensor [samples, ...], or a tuple, list or dict of such.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            ValueError: the tensors are of unequal length, or there are none; or ranks are the groups.
+
+        Example:
+            >>> import torch, grgauge
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> gauge = grgauge.Gauge(optimizer, batch_size=16, every=1)
+            >>> x, y = torch.randn(16, 3), torch.randn(16, 1)
+            >>> loss = gauge.split_backward(lambda b: torch.nn.functional.mse_loss(model(b[0]), b[1]), (x, y))
+            >>> optimizer.step()
+            >>> gauge.reading().gr_s is not None
+            True
         """
         if self._ranks is not None:
             raise ValueError("split_backward is for one device; the ranks of the attached module are groups already")
         size = _length(batch)
-        if not self._due() or size < 2:
+        if self._removed or not self._due() or size < 2:
             loss = loss_fn(batch)
             loss.backward()
             return loss.detach()
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float32)
         for part in (slice(0, size // 2), slice(size // 2, size)):
             samples = part.stop - part.start
             loss = loss_fn(_part(batch, part)) * (samples / size)
@@ -176,31 +243,103 @@ class Gauge:
         return total
 
     def replayed(self) -> None:
-        """Call behind each replay of a CUDA graph that a step of the optimizer was captured in, on the same stream.
+        """Call after each replay of a CUDA graph that a step of the optimizer was captured in, on the same stream.
 
         A replay runs no Python, and its sums lie in memory that the next one writes to: here they are copied, and then
         count as those of any other step. The captured step itself, which is not run, does not count. With several such
-        graphs it is the last captured whose sums are taken.
+        graphs the sums are those of the last captured.
 
-        Raises RuntimeError if none was captured.
+        Raises:
+            RuntimeError: no step was captured.
         """
         if not self._captured:
             raise RuntimeError("replayed() is for steps in a CUDA graph, and this gauge has seen none captured")
-        self._take([replace(bucket, stats=bucket.stats.clone()) for bucket in self._captured])
+        if not self._removed:
+            self._take([replace(bucket, stats=bucket.stats.clone()) for bucket in self._captured])
 
     def reading(self) -> Reading | None:
-        """The newest finished reading, None before the first. Never waits for the device.
+        """The newest finished reading. Never waits for the device.
 
-        Steps only gather sums; what they say is worked out here, and not at all if nobody asks. Attached to a module, a
-        reading is out one step late, on all ranks in the same step, and waits for the ranks' sum where it must.
+        Steps only gather sums; what they amount to is worked out here, and not at all if nobody asks. Attached to a
+        module, a reading comes one step after its step, on all ranks in the same one, and waits for the ranks' sum
+        where it must.
+
+        Returns:
+            The reading, None before the first.
         """
-        while self._in_flight and self._is_due_out(self._in_flight[0]):
-            self._finish(self._in_flight.pop(0))
-        return self._newest
+        return self._windows.reading()
 
-    def _is_due_out(self, window: _Window) -> bool:
-        # Ranks must not go by what each of them happens to have received: they would tell different readings.
-        return window.step < self._step if self._ranks is not None else window.transfer.done()
+    def restart(self) -> None:
+        """Start cold, as after a change of learning rate or batch: no earlier step counts any more.
+
+        On `grgauge.AdamW` the optimizer's first moment is m; it carries over, and only V starts anew.
+        """
+        self._windows.statistics.restart()
+        self._windows.drop()
+        self._source.restart()
+        self._micro.drop()
+
+    def remove(self) -> None:
+        """Unhook the gauge from its optimizer; the newest reading stays. Harmless when repeated."""
+        if self._removed:
+            return
+        self._removed = True
+        self._source.remove()
+        self._micro.remove()
+        if self._ranks is not None:
+            self._ranks.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that readings depend on, to be taken between two steps. Waits for sums on their way to the host.
+
+        Returns:
+            Plain values and tensors, for torch.save.
+        """
+        self._windows.finish(self._settings)
+        return {
+            "step": self._windows.step,
+            "batch_size": self.batch_size,
+            "shards": self._shards,
+            **self._windows.statistics.state_dict(),
+            "sample": self._sample.state_dict(),
+            "source": self._source.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, bit for bit; the optimizer's own state must be loaded as well.
+
+        On another number of ranks S, G2 and V go on, as they mean the same there; an EMA of the gauge's own that was
+        spread over them cannot, and GR_T starts cold with a warning. Attach first.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ValueError: the state belongs to another kind of optimizer or to other parameters; the gauge is then as it
+                was.
+        """
+        statistics = Statistics.from_state(state, self.beta)
+        before = [(part, dict(vars(part))) for part in (self._sample, self._source)]
+        try:
+            if self._shards != state["shards"] and state["source"]["kind"] != "fused":
+                warnings.warn(
+                    f"the state was made of {state['shards']} shards, these are {self._shards}: GR_T's EMA, spread "
+                    "over them, starts cold",
+                    stacklevel=2,
+                )
+                self._source.restart()
+                statistics.restart_temporal()
+            else:
+                self._sample.load_state_dict(state["sample"])
+                self._source.load_state_dict(state["source"])
+        except BaseException:
+            for part, contents in before:
+                vars(part).update(contents)
+            raise
+        self._micro.drop()
+        self._windows.drop()
+        self._windows.statistics, self._windows.newest = statistics, None
+        self._windows.step, self.batch_size = state["step"], state["batch_size"]
 
     @property
     def _shards(self) -> int:
@@ -213,88 +352,14 @@ class Gauge:
             # Another dict after each update(). On overflow GradScaler does not call step() of most optimizers, so what
             # belongs to the attempt before is still here.
             self._attempt = self._scaler._per_optimizer_states
-            self._groups, self._shares = [], []
+            self._micro.drop()
             if self._ranks is not None:
                 self._ranks.forget()
-        return (self._step + 1) % self.every == 0
+        return (self._windows.step + 1) % self.every == 0
 
     def _inv_scale(self) -> Tensor | None:
-        """What gradients in progress are to be multiplied by. A tensor: asking its value would wait for the device."""
-        scale = None if self._scaler is None else self._scaler._scale
-        return None if scale is None else scale.float().reciprocal()
-
-    def restart(self) -> None:
-        """Start cold, as after a change of learning rate or batch: what was seen before no longer counts.
-
-        On `grgauge.AdamW` the optimizer's first moment is m; it carries over, and only V starts anew.
-        """
-        self._temporal.restart()
-        self._spatial.restart()
-        self._critical.restart()
-        self._source.restart()
-        self._table, self._sample_error = Table([], [], self.beta), SampleError(self.beta)
-        self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
-
-    def remove(self) -> None:
-        """Unhook the gauge from its optimizer; the newest reading stays."""
-        self._source.remove()
-        if self._ranks is not None:
-            self._ranks.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that readings depend on, to be taken between two steps. Waits for sums on their way to the host."""
-        self._send(read=False)
-        while self._in_flight:
-            self._finish(self._in_flight.pop(0))
-        return {
-            "step": self._step,
-            "batch_size": self.batch_size,
-            "shards": self._shards,
-            "temporal": self._temporal.state_dict(),
-            "spatial": self._spatial.state_dict(),
-            "critical": self._critical.state_dict(),
-            "table": self._table.state_dict(),
-            "sample_error": self._sample_error.state_dict(),
-            "sample": self._sample.state_dict(),
-            "source": self._source.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bit for bit; the optimizer's own state must be loaded as well.
-
-        On another number of ranks S, G2 and V go on, as they mean the same there; an EMA of the gauge's own that was
-        spread over them cannot, and GR_T starts cold with a warning. Attach first.
-
-        Raises ValueError if the state belongs to another kind of optimizer or to other parameters; the gauge is then as
-        it was.
-        """
-        temporal, spatial, critical = Temporal(self.beta), Spatial(self.beta), CriticalPeriod(beta=self.beta)
-        temporal.load_state_dict(state["temporal"])
-        spatial.load_state_dict(state["spatial"])
-        critical.load_state_dict(state["critical"])
-        before = [(room, dict(vars(room))) for room in (self._sample, self._source)]
-        try:
-            if self._shards != state["shards"] and state["source"]["kind"] != "fused":
-                warnings.warn(
-                    f"the state was made of {state['shards']} shards, these are {self._shards}: GR_T's EMA, spread "
-                    "over them, starts cold",
-                    stacklevel=2,
-                )
-                self._source.restart()
-                temporal.restart()
-            else:
-                self._sample.load_state_dict(state["sample"])
-                self._source.load_state_dict(state["source"])
-        except BaseException:
-            for room, contents in before:
-                vars(room).update(contents)
-            raise
-        self._temporal, self._spatial, self._critical = temporal, spatial, critical
-        self._table = Table.from_state(state["table"], self.beta)
-        self._sample_error = SampleError.from_state(state["sample_error"], self.beta)
-        self._step, self.batch_size = state["step"], state["batch_size"]
-        self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
-        self._newest = None
+        """What gradients in progress are to be multiplied by."""
+        return reciprocal(None if self._scaler is None else self._scaler._scale)
 
     def _on_step(self, sums: list[BucketSums]) -> None:
         if not _capturing():
@@ -305,233 +370,18 @@ class Gauge:
             raise RuntimeError("a step cannot be captured in a CUDA graph while its gauge is attached to a module")
 
     def _take(self, sums: list[BucketSums]) -> None:
-        """Take in the sums of a step."""
-        layout = [bucket.params for bucket in sums]
-        if len(layout) != len(self._layout) or not all(map(operator.is_, layout, self._layout)):
-            self._lay_out(layout)
-        self._step += 1
-        self._rows.append(sums)
-        if self._step % self.every == 0:
-            self._send(read=True)
-            if len(self._in_flight) > LATE:
-                self.reading()
+        nothing = self._ranks is None and not any(bucket.plan.numel for bucket in sums)
+        self._windows.take([] if nothing else sums, self._settings)
 
-    def _lay_out(self, layout: list[list[torch.Tensor]]) -> None:
-        """Take notice of which parameters the sums are of. Other ones than before: start cold."""
-        names = _names(self._optimizer)
-        sharded = [names[id(p)] for ps in layout for p in ps if is_sharded(p)]
-        if sharded and self._ranks is None:
-            raise RuntimeError(f"{sharded[0]} is sharded over ranks: call gauge.attach(module) before the first step")
-        strangers = [names[id(p)] for ps in layout for p in ps if self._ranks and id(p) not in self._ranks.params]
-        if strangers:
-            raise RuntimeError(f"{strangers[0]} is no parameter of the attached module, or came after attach(module)")
-        table = Table([names[id(p)] for ps in layout for p in ps], [p.numel() for ps in layout for p in ps], self.beta)
-        if (table.names, table.sizes) != (self._table.names, self._table.sizes):
-            if self._table.names:
-                self.restart()
-            self._table = table
-        self._layout = layout
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.batch_size, self.groups, self.every)
 
-    def _send(self, read: bool) -> None:
-        """Let the sums gathered so far travel to the host, to be folded in and, with `read`, to become a reading."""
-        if not self._rows:
-            return
-        rows, groups, shares = self._rows, *((self._groups, self._shares) if read else ([], []))
-        tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*groups))]  # noqa: B905
-        ages = [bucket.steps.double() for bucket in rows[-1]]
-        ranks, summed, calls = self._ranks, [], 0
-        if ranks is not None and ranks.sharded:
-            summed = [_whole(bucket, stats) / ranks.replicas for bucket, stats in zip(rows[-1], tensors, strict=True)]
-            tensors = []
-        if ranks is not None and read:
-            table, calls = ranks.collect(ages[0].device)
-            summed.append(table)
-        self._in_flight.append(
-            _Window(
-                rows,
-                groups,
-                shares,
-                Transfer([*ages, *tensors], summed, ranks.group if ranks else None),
-                read,
-                calls,
-                self._step,
-                self.batch_size,
-                self._source.problem(),
-            )
-        )
-        self._rows, self._groups, self._shares = [], [], []
-
-    def _finish(self, window: _Window) -> None:
-        arrays = iter(window.transfer.arrays())
-        ages = Ages([next(arrays) for _ in window.rows[-1]])
-        rows, groups = Rows(window.rows, arrays), Rows(window.groups, arrays)
-        for grad_sq in self._table.fold(rows):
-            self._temporal.update(grad_sq)
-        self._sample_error.fold(rows)
-        if not window.read:
-            return
-        sampled = 0.0
-        if self._ranks is not None:
-            spatial = self._ranks.groups(next(arrays).tolist(), window.batch_size, window.calls)
-        else:
-            spatial = self._micro_batches(window, groups)
-            if not isinstance(spatial, str):
-                sampled = self._sample_error.of_groups(groups, spatial.weights)
-        self._newest = self._read(window, rows, ages, spatial, sampled, self._changed(window, rows, groups))
-
-    def _changed(self, window: _Window, rows: Rows, groups: Rows) -> str | None:
-        """Says so if the step's gradient was another one than that behind its last micro-batch."""
-        if not groups.totals or len(window.rows) - 1 not in rows.taken:
-            return None
-        if self._sample.share < 1.0 and not isinstance(self._source, OwnSource):
-            return None  # a sample's norm and the whole's
-        before, after = (math.sqrt(sums.totals[-1][GRAD_SQ]) for sums in (groups, rows))
-        if math.isclose(before, after, rel_tol=1e-3):
-            return None
-        return (
-            "GR_T and grad_norm are of a gradient that was changed behind the last micro_step(), as clipping does: "
-            f"its norm was {before:.3g} before, {after:.3g} after"
-        )
-
-    def _read(
-        self, window: _Window, rows: Rows, ages: Ages, groups: Groups | str, sampled: float, changed: str | None
-    ) -> Reading:
-        newest = rows.taken[-1] if rows.taken else None
-        gr_t, temporal_problem = self._read_temporal(window, rows, newest, ages)
-        problem = groups if isinstance(groups, str) else None
-        if not isinstance(groups, str) and not self._spatial.update(*two_batch(*groups)):
-            problem = "GR_S skipped a reading: gradients out of range"
-        skipped = problem is not None and problem.startswith("GR_S skipped")
-        spatial = self._spatial if (problem is None or skipped) and self._spatial.readings else None
-        if spatial is not None and problem is None and not spatial.ready:
-            steps = spatial.readings_until_ready * self.every
-            problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
-        grad_norm = math.nan if newest is None else math.sqrt(rows.totals[newest][GRAD_SQ])
-        self._critical.update(grad_norm)
-        gr_t_error = math.hypot(self._temporal.standard_error, self._sample_error.of_gr_t(rows, newest or 0, ages))
-        gr_s_error, mu_error = (0.0, 0.0) if isinstance(groups, str) else _spread(groups, sampled, window.batch_size)
-        return Reading(
-            step=window.step,
-            batch_size=window.batch_size,
-            gr_t=gr_t,
-            gr_t_error=_known(gr_t_error) if gr_t is not None else None,
-            settled=finite_time_factor(ages.oldest, self.beta),
-            gr_s=_known(spatial.gr_s(window.batch_size)) if spatial else None,
-            gr_s_error=_known(math.hypot(spatial.gr_s_error(window.batch_size), gr_s_error)) if spatial else None,
-            noise_scale=_known(spatial.noise_scale) if spatial else None,
-            noise_scale_error=_known(math.hypot(spatial.noise_scale_error, mu_error)) if spatial else None,
-            grad_norm=grad_norm,
-            nonfinite=int(sum(rows.totals[i][NONFINITE] for i in rows.taken)),
-            critical=not self._critical.over,
-            ready=temporal_problem is None and (spatial is None or spatial.ready),
-            notes=tuple(note for note in (temporal_problem, problem, changed) if note is not None),
-            table=self._table.snapshot(None if newest is None else rows.sums[newest]),
-        )
-
-    def _read_temporal(
-        self, window: _Window, rows: Rows, newest: int | None, ages: Ages
-    ) -> tuple[float | None, str | None]:
-        """GR_T, and why it is missing or not ready."""
-        if newest is None:
-            return None, "GR_T not available: every step since the last reading was skipped"
-        if window.problem is not None:
-            return None, window.problem
-        gr_t = _known(self._temporal.read(self._table.moment(rows, newest, ages)))
-        if gr_t is None:
-            return None, "GR_T not available: all gradients are zero"
-        missing = WARM_UP - min(ages.oldest, self._temporal.steps)
-        return gr_t, f"GR_T not ready: needs {missing:.0f} more steps" if missing > 0 else None
-
-    def _micro_batches(self, window: _Window, groups: Rows) -> Groups | str:
-        """The groups of a step's micro-batches, or why there are none."""
-        n = len(groups.totals)
-        if self.groups is not None and self.groups < 2:
-            return f"GR_S not available: groups is {self.groups}; it needs at least two micro-batches or ranks"
-        if n == 0:
-            return "GR_S not available: call micro_step() after the backward of each of at least two micro-batches"
-        if n == 1 or n != (self.groups or n):
-            wanted = "at least 2" if self.groups is None else str(self.groups)
-            return f"GR_S not available: micro_step() was called {n} times in the step, not {wanted}"
-        if any(total[NONFINITE] for total in groups.totals):
-            return "GR_S skipped a reading: non-finite gradients"
-        samples, weights = ([value for value in column if value is not None] for column in zip(*window.shares))  # noqa: B905
-        if len(samples) % n or len(weights) % n:
-            return "GR_S not available: micro_step() was given samples or weight for some micro-batches only"
-        p = [w / sum(weights) for w in weights] or [1.0 / n] * n
-        # Gradients accumulate, so what micro-batch i added, p_i G_i, is the difference, and the first one's its whole.
-        added = [groups.totals[0][GRAD_SQ]] + [total[DELTA_SQ] for total in groups.totals[1:]]
-        squares = [sq / share**2 for sq, share in zip(added, p, strict=True)]
-        return Groups(squares, groups.totals[-1][GRAD_SQ], samples or [window.batch_size / n] * n, p)
-
-
-@dataclass
-class _Window:
-    """The steps between two readings, on their way to the host."""
-
-    rows: list[list[BucketSums]]
-    groups: list[list[BucketSums]]
-    shares: list[tuple[float | None, float | None]]
-    transfer: Transfer
-    read: bool
-    calls: int
-    step: int
-    batch_size: float
-    problem: str | None
+    @property
+    def _ranks(self) -> Ranks | None:
+        return self._windows.ranks
 
 
 def _capturing() -> bool:
     """True while what the current stream is given goes into a CUDA graph instead of being run."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """id of each parameter -> the name that the optimizer was given for it, else "group.index"."""
-    return {
-        id(p): name
-        for g, group in enumerate(optimizer.param_groups)
-        for p, name in zip(
-            group["params"],
-            group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))],
-            strict=True,
-        )
-    }
-
-
-def _spread(groups: Groups, error: float, batch_size: float) -> tuple[float, float]:
-    """Standard errors of GR_S and of the noise scale that follow from a relative one of the groups' squares."""
-    if error == 0.0:
-        return 0.0, 0.0
-    ends = [two_batch([sq * (1.0 + e) for sq in groups.group_sq], *groups[1:]) for e in (-error, error)]
-    low, high = (gr_s(s, g2, batch_size) for s, g2 in ends)
-    below, above = (s / g2 if g2 > 0.0 else math.inf for s, g2 in ends)
-    return abs(high - low) / 2.0, abs(above - below) / 2.0
-
-
-def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:
-    """A shard's sums [passes, tensors, 7] scaled up from its sample; the seventh is above 0 if anything was visited."""
-    plan = bucket.plan
-    scale, tensor = (torch.from_numpy(a).to(stats.device) for a in (plan.scale, plan.tensor))
-    seen = (scale > 0).to(stats).expand(*stats.shape[:2])
-    scaled = torch.cat([stats * scale[:, None], seen[..., None]], dim=-1)
-    return scaled.new_zeros(len(scaled), len(bucket.params), scaled.shape[-1]).index_add_(1, tensor, scaled)
-
-
-def _length(batch: Any) -> int:
-    """Samples in a batch."""
-    parts = list(batch.values()) if isinstance(batch, dict) else list(batch) if isinstance(batch, (tuple, list)) else []
-    lengths = {batch.shape[0]} if isinstance(batch, Tensor) else {_length(part) for part in parts}
-    if len(lengths) != 1:
-        raise ValueError(f"batch has tensors of {sorted(lengths)} samples; it must have tensors, all of one length")
-    return int(lengths.pop())
-
-
-def _part(batch: Any, part: slice) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[part]
-    if isinstance(batch, dict):
-        return type(batch)((key, _part(value, part)) for key, value in batch.items())
-    return type(batch)(_part(value, part) for value in batch)
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,7 +1,7 @@
 """Ranks as the groups of GR_S: each rank's gradient is measured in the module's own buffers, just before it is reduced.
 
-    DDP      in a communication hook: the flat bucket before the all-reduce, and again behind it
-    FSDP2    in the reduce-scatter: its input, and its output (with HSDP: behind the all-reduce over replicas)
+    DDP      in a communication hook: the flat bucket before the all-reduce, and again after it
+    FSDP2    in the reduce-scatter: its input, and its output (with HSDP: after the all-reduce over replicas)
 
 Both times the same elements, so that what a sample misses cancels in the difference the estimator rests on. One small
 all-reduce a reading brings the ranks' sums together; no other step communicates anything.
@@ -27,21 +27,21 @@ from torch.nn.parallel import DistributedDataParallel
 import grgauge_kernels as gk
 
 from ..estimators import Groups
+from .segments import GRAD_SQ, NONFINITE
+from .unavailable import NON_FINITE, Unavailable
 
 CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
 
-GRAD_SQ, NONFINITE = gk.STATS.index("grad_sq"), gk.STATS.index("nonfinite")
-
 PARTS = 64
-"""Contiguous parts of a bucket whose plain sums tell, behind a communication hook, if it has yielded the mean."""
+"""Contiguous parts of a bucket whose plain sums show whether a communication hook has yielded the mean."""
 
 LOSSY = 0.1
-"""How far those sums may be off, relative to them: |mean|^2 then is by about the square of it. Rounding to bf16 makes
-0.003, PowerSGD of rank 1 around 1."""
+"""Relative error that those sums may have; |mean|^2 is then off by about its square. Rounding to bf16 makes 0.003,
+PowerSGD of rank 1 around 1."""
 
 
 class Ranks:
-    """What the ranks of a DDP or FSDP2 module see of the gradient at the steps that are read.
+    """The gradient of each rank of a DDP or FSDP2 module, and their mean, at the steps that are read.
 
     module     DistributedDataParallel, or a root module of `fully_shard`
     sample     share of the elements looked at, in (0, 1]
@@ -108,7 +108,7 @@ class Ranks:
         self._weight += weight or 0.0
 
     def remove(self) -> None:
-        """Measure nothing any more; the hooks stay, as neither DDP nor FSDP2 gives one up."""
+        """Measure nothing any more. The hooks stay, as neither DDP nor FSDP2 lets one be removed."""
         self._due = lambda: False
 
     def collect(self, device: torch.device) -> tuple[Tensor, int]:
@@ -130,25 +130,25 @@ class Ranks:
         self.forget()
         return table, calls
 
-    def groups(self, table: list[float], batch_size: float, calls: int) -> Groups | str:
-        """The groups that a table added up over ranks tells of, or why there are none."""
+    def groups(self, table: list[float], batch_size: float, calls: int) -> Groups | Unavailable:
+        """The groups that are in a table added up over ranks, or why there are none."""
         if self.size < 2:
-            return "GR_S not available: one rank is one group, and it needs at least two"
+            return Unavailable("one rank is one group, and it needs at least two")
         if calls == 0:
-            return "GR_S not available: no gradients were reduced in the step"
+            return Unavailable("no gradients were reduced in the step")
         if calls > 1:
-            return (
-                f"GR_S not available: gradients were reduced {calls} times in the step; keep all micro-batches but the "
+            return Unavailable(
+                f"gradients were reduced {calls} times in the step; keep all micro-batches but the "
                 "last from it (no_sync() of DDP, set_requires_gradient_sync(False) of FSDP2)"
             )
         squares, nonfinite, samples, weights = (table[k : 4 * self.size : 4] for k in range(4))
         mean_sq, parts = table[4 * self.size], table[4 * self.size + 1 :]
         if any(nonfinite) or not math.isfinite(mean_sq):
-            return "GR_S skipped a reading: non-finite gradients"
+            return NON_FINITE
         if math.dist(parts[:PARTS], parts[PARTS:]) > LOSSY * math.hypot(*parts[:PARTS]):
-            return "GR_S not available: comm_hook does not yield the mean of the ranks' gradients, or too roughly"
+            return Unavailable("comm_hook does not yield the mean of the ranks' gradients, or too roughly")
         if (any(samples) and not all(samples)) or (any(weights) and not all(weights)):
-            return "GR_S not available: micro_step() was given samples or weight on some ranks only"
+            return Unavailable("micro_step() was given samples or weight on some ranks only")
         n = self.size
         sizes = samples if all(samples) else [batch_size / n] * n
         shares = [w / sum(weights) for w in weights] if all(weights) else [1.0 / n] * n
@@ -168,7 +168,7 @@ class Ranks:
         self._local[key] = sums
 
     def _measured(self, then: CommHook) -> CommHook:
-        """DDP's communication hook `then`, with the bucket measured before and behind it."""
+        """DDP's communication hook `then`, with the bucket measured before and after it."""
 
         def measured(key: tuple[Any, ...], flat: Tensor) -> Tensor:
             sums = self._measure(key, flat)
@@ -180,13 +180,13 @@ class Ranks:
             key = ("ddp", bucket.index())
             self._take_local(key, measured(key, bucket.buffer()))
 
-            def behind(future: torch.futures.Future[Any]) -> Tensor:
+            def after(future: torch.futures.Future[Any]) -> Tensor:
                 value = future.value()
                 reduced: Tensor = value[0] if isinstance(value, list) else value
                 self._mean[key] = measured(key, reduced)
                 return reduced
 
-            return then(state, bucket).then(behind)
+            return then(state, bucket).then(after)
 
         # DDP compares annotations with the types themselves; postponed ones are strings.
         hook.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
@@ -210,11 +210,11 @@ class Ranks:
             for group in _param_groups(m):
                 comm = _MeasuredReduceScatter(self, ("fsdp", i), group._reduce_scatter_comm)
                 m.set_custom_reduce_scatter(comm)
-                m.set_all_reduce_hook(comm.behind)
+                m.set_all_reduce_hook(comm.after)
 
 
 class _MeasuredReduceScatter(ReduceScatter):
-    """FSDP2's reduce-scatter of one module, measured before, and behind the all-reduce that may follow."""
+    """FSDP2's reduce-scatter of one module, measured before, and after the all-reduce that may follow."""
 
     def __init__(self, ranks: Ranks, key: tuple[Any, ...], inner: ReduceScatter) -> None:
         self._ranks, self._key, self._inner = ranks, key, inner
@@ -241,7 +241,7 @@ class _MeasuredReduceScatter(ReduceScatter):
             self._ranks._take_local(self._key, self._ranks._measure(self._key, input_tensor, shards))
         return self._inner(output_tensor, input_tensor, group, op, async_op)
 
-    def behind(self, reduced: Tensor) -> None:
+    def after(self, reduced: Tensor) -> None:
         if self._ranks._due():
             self._ranks._mean[self._key] = self._ranks._measure(self._key, reduced) * self._mean**2
 

@@ -20,15 +20,15 @@ Array = npt.NDArray[np.float64]
 
 GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
 
-LATE = 20
-"""Readings after which they and the per-segment table are worked out although nobody has asked for them."""
+UNFOLDED = 100
+"""Passes after which the per-segment table takes them in although nobody has asked for it."""
 
 
 class Ages:
     """Number of updates that each segment's m has had: float64 [segments], all buckets together."""
 
     def __init__(self, buckets: list[Array]) -> None:
-        self.each = np.concatenate(buckets) if len(buckets) != 1 else buckets[0]
+        self.each = buckets[0] if len(buckets) == 1 else np.concatenate(buckets or [np.zeros(0)])
         ages = self.each.tolist()  # a few numbers, for which numpy's own minimum takes ten times as long
         self.youngest, self.oldest = min(ages, default=math.inf), max(ages, default=0.0)
 
@@ -151,10 +151,10 @@ def _ratio_error(columns: list[Array], plans: Sequence[gk.Plan]) -> tuple[float,
 
 
 class Table:
-    """Each segment's own V, and |m|^2 as last seen. A segment without gradient keeps both, as its optimizer does.
+    """Each segment's own V, and |m|^2 at the last reading. A segment without gradient keeps both, as optimizers do.
 
     A reading needs the totals alone, so what belongs to single segments is worked out when somebody asks, or when
-    `LATE` readings' worth of it has gathered.
+    `UNFOLDED` passes have gathered.
     """
 
     def __init__(self, names: list[str], sizes: list[int], beta: float) -> None:
@@ -163,13 +163,14 @@ class Table:
         self.steps = np.zeros(len(names))
         self.grad_sq = np.zeros(len(names))  # V, still without bias correction
         self.moment_sq: Callable[[], Array] = functools.partial(np.zeros, len(names))
-        self._late: list[Rows] = []
+        self._recent: list[Rows] = []  # passes that `steps` and `grad_sq` do not have yet
+        self._uneven = False
 
     def fold(self, rows: Rows) -> list[float]:
-        """Take in steps; returns the sum g^2 of each, with V standing in where a segment has no gradient."""
+        """Take in passes; returns the sum g^2 of each, with V in place of what a segment without gradient lacks."""
         if rows.seen is None:
-            self._late.append(rows)
-            if len(self._late) == LATE:
+            self._recent.append(rows)
+            if sum(len(recent.totals) for recent in self._recent) >= UNFOLDED:
                 self._settle()
             return [rows.totals[i][GRAD_SQ] for i in rows.taken]
         self._settle()
@@ -178,12 +179,21 @@ class Table:
             seen, now = rows.seen[i], rows.sums[i, :, GRAD_SQ]
             totals.append(float(np.where(seen, now, _corrected(self.grad_sq, self.steps, self.beta)).sum()))
             self.steps = self.steps + seen
+            self._uneven = self._uneven or not bool(seen.all())
             self.grad_sq = np.where(seen, self.beta * self.grad_sq + (1 - self.beta) * now, self.grad_sq)
         return totals
 
     def _settle(self) -> None:
-        self.steps, self.grad_sq = _advanced(self.steps, self.grad_sq, self._late, self.beta)
-        self._late = []
+        self.steps, self.grad_sq = _advanced(self.steps, self.grad_sq, self._recent, self.beta)
+        self._recent = []
+
+    @property
+    def uneven_grad_sq(self) -> float | None:
+        """V, bias-corrected, where some segments have had gradients at other steps than others; None where none has."""
+        self._settle()
+        if not self._uneven:
+            return None
+        return float(_corrected(self.grad_sq, self.steps, self.beta).sum())
 
     def moment(self, rows: Rows, i: int, ages: Ages) -> float:
         """|m^|^2 over all segments at step i, bias-corrected by the number of updates each one's m has had."""
@@ -199,11 +209,11 @@ class Table:
 
     def snapshot(self, sums: Array | None) -> Callable[[], tuple[SegmentReading, ...]]:
         """A function that makes the per-segment table of this moment."""
-        steps, grad_sq, late, moment = self.steps, self.grad_sq, tuple(self._late), self.moment_sq
+        steps, grad_sq, recent, moment = self.steps, self.grad_sq, tuple(self._recent), self.moment_sq
         names, sizes, beta = self.names, self.sizes, self.beta
 
         def table() -> tuple[SegmentReading, ...]:
-            count, uncorrected = _advanced(steps, grad_sq, late, beta)
+            count, uncorrected = _advanced(steps, grad_sq, recent, beta)
             v, m = _corrected(uncorrected, count, beta), moment()
             now = np.zeros((len(names), len(gk.STATS))) if sums is None else sums
             return tuple(
@@ -224,6 +234,7 @@ class Table:
         return {
             "names": list(self.names),
             "sizes": list(self.sizes),
+            "uneven": self._uneven,
             "steps": self.steps.tolist(),
             "grad_sq": self.grad_sq.tolist(),
             "moment_sq": self.moment_sq().tolist(),
@@ -232,14 +243,15 @@ class Table:
     @staticmethod
     def from_state(state: dict[str, Any], beta: float) -> Table:
         table = Table(list(state["names"]), list(state["sizes"]), beta)
+        table._uneven = state["uneven"]
         table.steps, table.grad_sq = np.array(state["steps"]), np.array(state["grad_sq"])
         table.moment_sq = functools.partial(np.array, state["moment_sq"])
         return table
 
 
-def _advanced(steps: Array, grad_sq: Array, late: Sequence[Rows], beta: float) -> tuple[Array, Array]:
+def _advanced(steps: Array, grad_sq: Array, recent: Sequence[Rows], beta: float) -> tuple[Array, Array]:
     """`steps` and uncorrected V of each segment after more steps that all segments took part in."""
-    for rows in late:
+    for rows in recent:
         steps = steps + len(rows.taken)
         for i in rows.taken:
             grad_sq = beta * grad_sq + (1 - beta) * rows.sums[i, :, GRAD_SQ]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import grgauge_kernels as gk
+from grgauge_kernels.bucket import DTYPES
 from grgauge_kernels.sampling import REPLICATES
 
 from ..optim import ALIGN, AdamW, BucketSums, Unclipped, averaged, local
+from .unavailable import Unavailable
 
 OnStep = Callable[[list[BucketSums]], None]
 
@@ -31,12 +33,12 @@ class FusedSource:
         fused = isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None and optimizer.sums_all
         return fused and all(group["betas"][0] == beta for group in optimizer.param_groups)
 
-    def problem(self) -> str | None:
-        """Why GR_T cannot be told just now."""
+    def problem(self) -> Unavailable | None:
+        """Why there is no GR_T just now."""
         if self.fits(self._optimizer, self._beta):
             return None
         betas = [group["betas"][0] for group in self._optimizer.param_groups]
-        return f"GR_T not available: betas[0] is now {betas}, the gauge's beta {self._beta}; make a new Gauge"
+        return Unavailable(f"betas[0] is now {betas}, the gauge's beta {self._beta}; make a new Gauge")
 
     def restart(self) -> None:
         """m belongs to the optimizer and carries over."""
@@ -58,11 +60,11 @@ class ClippingSource:
 
     @staticmethod
     def fits(optimizer: AdamW, share: float) -> bool:
-        """Where a sample is looked at, a small pass of its own is less than a large one with a state."""
+        """With a sample, a small pass of the gauge's own costs less than an EMA of everything in the large one."""
         free = optimizer.sums_all and optimizer._unclipped is None
         return optimizer.max_grad_norm is not None and share == 1.0 and free
 
-    def problem(self) -> str | None:
+    def problem(self) -> Unavailable | None:
         return None
 
     def restart(self) -> None:
@@ -83,7 +85,7 @@ class ClippingSource:
         ):
             raise ValueError("the state is of other parameters than this gauge's")
         saved = {p: (own[0].clone(), own[1].clone()) for p, own in zip(params, emas, strict=True) if own is not None}
-        self.remove()  # what the optimizer's passes have at hand is not to be taken for these
+        self.remove()  # so that the optimizer lets go of the EMAs that it has
         self._emas = Unclipped(self._emas.beta, saved)
         self.remove = self._optimizer.observe_unclipped(self._on_step, self._emas)
 
@@ -98,7 +100,7 @@ class OwnSource:
         self._optimizer, self._sample, self._beta, self._on_step = optimizer, sample, beta, on_step
         self._emas: list[Tensor] = []
         self._steps: list[Tensor] = []
-        self._buckets: list[_SampledBucket] = []
+        self._buckets: list[SampledBucket] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -108,7 +110,7 @@ class OwnSource:
         for hook in self._hooks:
             hook.remove()
 
-    def problem(self) -> str | None:
+    def problem(self) -> Unavailable | None:
         return None
 
     def restart(self) -> None:
@@ -144,12 +146,12 @@ class OwnSource:
 
     def _allocate(self) -> None:
         buckets = self._sample.buckets()
-        if buckets is not self._buckets:
+        if buckets and buckets is not self._buckets:
             self._buckets = buckets
-            self._emas = [torch.zeros(b.plan.states, device=b.plan.rows.device) for b in buckets]
-            self._steps = [torch.zeros(len(b.params), device=b.plan.rows.device) for b in buckets]
+            self._emas = [_zeros(b.plan.states, b) for b in buckets]
+            self._steps = [_zeros(len(b.params), b) for b in buckets]
 
-    # A closure computes the gradients inside the step, so they are read behind it; else before the optimizer sees them.
+    # A closure computes the gradients inside the step: then they are read after it, else before the optimizer does.
 
     def _before_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _has_closure(args, kwargs):
@@ -161,16 +163,18 @@ class OwnSource:
 
     @torch.no_grad()
     def _read(self) -> None:
+        if not self._sample.buckets():
+            self._on_step([])
+            return
         self._allocate()
         # What a GradScaler leaves on an optimizer that unscales and skips inside its step.
-        scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
+        inv_scale = reciprocal(getattr(self._optimizer, "grad_scale", None))
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
-        inv_scale = None if scale is None else scale.float().reciprocal()
         sums = []
         for bucket, ema, steps in zip(self._buckets, self._emas, self._steps, strict=True):
             grads, plan = bucket.grads(), bucket.plan
-            _, told = averaged(grads, plan, ema, self._beta, steps, 1, inv_scale, found_inf)
-            sums.append(BucketSums(bucket.params, plan, told, steps))
+            _, stats = averaged(grads, plan, ema, self._beta, steps, 1, inv_scale, found_inf)
+            sums.append(BucketSums(bucket.params, plan, stats, steps))
         self._on_step(sums)
 
 
@@ -180,21 +184,29 @@ class Sample:
     def __init__(self, optimizer: torch.optim.Optimizer, sample: int, seed: int) -> None:
         self._optimizer, self._size, self._seed = optimizer, sample, seed
         self._key: list[tuple[int, torch.dtype, torch.device]] | None = None
-        self._buckets: list[_SampledBucket] = []
+        self._buckets: list[SampledBucket] = []
         self._certain: list[list[list[int]]] = []
         self._previous: list[Tensor] = []
 
-    def buckets(self) -> list[_SampledBucket]:
-        """The same list as before, unless parameters have come, gone, moved or been frozen."""
+    def buckets(self) -> list[SampledBucket]:
+        """The same list as before, unless parameters have come, gone, moved or been frozen.
+
+        Empty while all are frozen; what was there before is kept for when they no longer are.
+
+        Raises TypeError for a parameter of a dtype that the kernels do not read.
+        """
         params = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not params:
+            return []
         key = [(id(p), p.dtype, p.device) for p in params]
         if key != self._key:
+            require_readable(self._optimizer)
             alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
             for p in params:
                 alike.setdefault((p.dtype, p.device), []).append(p)
             known = self._certain if len(self._certain) == len(alike) else [None] * len(alike)
             self._buckets = [
-                _SampledBucket(same, self.share, self._seed, certain)
+                SampledBucket(same, self.share, self._seed, certain)
                 for same, certain in zip(alike.values(), known, strict=True)
             ]
             self._certain, self._previous = [], []
@@ -202,7 +214,7 @@ class Sample:
         return self._buckets
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks that are visited in any case; nothing else of a sample is not a function of its seed."""
+        """The blocks that are visited in any case; all else of a sample follows from its seed."""
         chosen = [bucket.certain for bucket in self._buckets]
         return {"certain": [[blocks.tolist() for blocks in bucket] for bucket in chosen if bucket is not None]}
 
@@ -211,7 +223,7 @@ class Sample:
 
     @property
     def share(self) -> float:
-        """Of all elements, those looked at, in (0, 1]."""
+        """Share of the elements that is looked at, in (0, 1]."""
         total = sum(p.numel() for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad)
         return min(1.0, self._size / max(total, 1))
 
@@ -220,17 +232,17 @@ class Sample:
         """Sums of the gradients and of what they have grown by since the last call."""
         buckets = self.buckets()
         if not self._previous:
-            self._previous = [torch.zeros(b.plan.states, device=b.plan.rows.device) for b in buckets]
+            self._previous = [_zeros(b.plan.states, b) for b in buckets]
         sums = []
         for bucket, previous in zip(buckets, self._previous, strict=True):
             scale = None if inv_scale is None else inv_scale.to(previous.device)
             stats = gk.measure_(bucket.grads(), bucket.plan, previous=previous, inv_scale=scale)
-            sums.append(BucketSums(bucket.params, bucket.plan, stats, torch.empty(0)))
+            sums.append(BucketSums(bucket.params, bucket.plan, stats, _zeros(0, bucket)))
         return sums
 
 
-class _SampledBucket:
-    """Parameters of one dtype and device, and the plan over them, made when a first gradient shows what weighs most.
+class SampledBucket:
+    """Parameters of one dtype and device, and the plan over them, made from the first gradient.
 
     A few blocks may hold most of a gradient: those of the embeddings of frequent words, say. A sample by hash alone
     misses them or overrates them (GR_T of a sixteenth of an embedding-heavy model: 35 % off, against 2.4 %; see
@@ -262,6 +274,40 @@ class _SampledBucket:
         if i not in self._zeros:
             self._zeros[i] = torch.zeros_like(self._own[i], requires_grad=False)
         return self._zeros[i]
+
+
+def require_readable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError if a parameter that is trained has a dtype that the kernels do not read."""
+    names = names_of(optimizer)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and p.dtype not in DTYPES:
+                raise TypeError(
+                    f"parameter {names[id(p)]} has dtype {p.dtype}; a gauge reads float32, bfloat16 and float16 "
+                    "(parameters with requires_grad=False may have any)"
+                )
+
+
+def names_of(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """id of each parameter -> the name that the optimizer was given for it, else "group.index"."""
+    return {
+        id(p): name
+        for g, group in enumerate(optimizer.param_groups)
+        for p, name in zip(
+            group["params"],
+            group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))],
+            strict=True,
+        )
+    }
+
+
+def reciprocal(scale: Tensor | None) -> Tensor | None:
+    """What gradients under a loss scale are multiplied by. A tensor: asking its value would wait for the device."""
+    return None if scale is None else scale.float().reciprocal()
+
+
+def _zeros(size: int, bucket: SampledBucket) -> Tensor:
+    return torch.zeros(size, dtype=torch.float32, device=bucket.plan.rows.device)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

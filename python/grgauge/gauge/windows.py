@@ -1,0 +1,197 @@
+"""The sums of steps, from the optimizer's step to the host: gathered between two readings, sent, folded in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..optim import BucketSums, is_sharded
+from ..reading import Reading
+from .micro_batches import Collected, MicroBatches
+from .segments import Table
+from .sources import names_of
+from .statistics import Statistics
+from .transfer import Transfer
+from .unavailable import Unavailable
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
+
+IN_FLIGHT = 20
+"""Readings after which the oldest are worked out although nobody has asked for them."""
+
+STEPS_AT_ONCE = 64
+"""Steps whose sums travel together at most, so that no more are kept where readings are far apart."""
+
+
+@dataclass
+class Settings:
+    """What a user may assign anew at any time: see `Gauge`."""
+
+    batch_size: float
+    groups: int | None
+    every: int
+
+
+@dataclass
+class Window:
+    """Steps on their way to the host.
+
+    rows        the sums of each step
+    micro       the micro-batches of the last one, if it is read
+    transfer    the steps' ages and sums, then what `micro` and `ranks` need
+    read        True if they become a reading
+    comparable  True if the norm of the micro-batches' gradient and that of the step's should be the same
+    """
+
+    rows: list[list[BucketSums]]
+    micro: Collected
+    transfer: Transfer
+    read: bool
+    step: int
+    settings: Settings
+    problem: Unavailable | None
+    comparable: bool
+    ranks: Ranks | None
+    calls: int
+
+
+class Windows:
+    """The steps that have been made and are not in a reading yet.
+
+    optimizer   whose steps they are
+    statistics  takes them in, in order
+    micro       the micro-batches of the step in progress
+    problem     tells why there is no GR_T just now, None if there is
+    comparable  tells if the norm of the micro-batches' gradient and that of the step's should be the same
+    restart     starts the whole gauge cold
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        statistics: Statistics,
+        micro: MicroBatches,
+        problem: Callable[[], Unavailable | None],
+        comparable: Callable[[], bool],
+        restart: Callable[[], None],
+    ) -> None:
+        self._optimizer, self._micro = optimizer, micro
+        self._problem, self._comparable, self._restart = problem, comparable, restart
+        self.statistics = statistics
+        self.ranks: Ranks | None = None
+        self.step = 0
+        self.newest: Reading | None = None
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget all steps that are not in a reading yet."""
+        self._layout: list[list[Tensor]] = []
+        self._rows: list[list[BucketSums]] = []
+        self._in_flight: list[Window] = []
+
+    def take(self, sums: list[BucketSums], settings: Settings) -> None:
+        """Take in the sums of a step, none if no parameter was trained."""
+        layout = [bucket.params for bucket in sums]
+        if layout and (len(layout) != len(self._layout) or not all(map(operator.is_, layout, self._layout))):
+            self._lay_out(layout, settings)
+        self.step += 1
+        if sums:
+            self._rows.append(sums)
+        read = self.step % settings.every == 0
+        if read and (sums or self.ranks is None):
+            if self._rows and not sums:
+                self._send(settings, read=False)
+            self._send(settings, read=True)
+            if len(self._in_flight) > IN_FLIGHT:
+                self.reading()
+        elif len(self._rows) >= STEPS_AT_ONCE:
+            self._send(settings, read=False)
+            self.reading()
+
+    def reading(self) -> Reading | None:
+        """The newest reading, after taking in what has arrived."""
+        while self._in_flight and self._has_arrived(self._in_flight[0]):
+            self._finish()
+        return self.newest
+
+    def finish(self, settings: Settings) -> None:
+        """Take in all steps, waiting for them."""
+        if self._rows:
+            self._send(settings, read=False)
+        while self._in_flight:
+            self._finish()
+
+    def _has_arrived(self, window: Window) -> bool:
+        # Ranks must not go by what each of them happens to have received: their readings would differ.
+        return window.step < self.step if self.ranks is not None else window.transfer.done()
+
+    def _finish(self) -> None:
+        self.newest = self.statistics.fold(self._in_flight.pop(0)) or self.newest
+
+    def _lay_out(self, layout: list[list[Tensor]], settings: Settings) -> None:
+        """Take notice of which parameters the sums are of. Other ones than before: start cold."""
+        names = names_of(self._optimizer)
+        sharded = [names[id(p)] for ps in layout for p in ps if is_sharded(p)]
+        if sharded and self.ranks is None:
+            raise RuntimeError(f"{sharded[0]} is sharded over ranks: call gauge.attach(module) before the first step")
+        strangers = [names[id(p)] for ps in layout for p in ps if self.ranks and id(p) not in self.ranks.params]
+        if strangers:
+            raise RuntimeError(f"{strangers[0]} is no parameter of the attached module, or came after attach(module)")
+        sizes = [p.numel() for ps in layout for p in ps]
+        known = self.statistics.table
+        table = Table([names[id(p)] for ps in layout for p in ps], sizes, known.beta)
+        before = [id(p) for ps in self._layout for p in ps]
+        others = before and before != [id(p) for ps in layout for p in ps]
+        if (table.names, table.sizes) == (known.names, known.sizes) and not others:
+            if self._rows:
+                self._send(settings, read=False)  # sums of one layout travel together
+        else:
+            if known.names:
+                self._restart()
+            self.statistics.table = table
+        self._layout = layout
+
+    def _send(self, settings: Settings, read: bool) -> None:
+        """Let the sums gathered so far travel to the host, to be folded in and, with `read`, to become a reading."""
+        rows, micro = self._rows, self._micro.collect() if read else Collected()
+        tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*micro.sums))]  # noqa: B905
+        if micro.norms is not None:
+            tensors.append(micro.norms)
+        ages = [bucket.steps.double() for bucket in rows[-1]] if rows else []
+        ranks, summed, calls = self.ranks, [], 0
+        if ranks is not None and ranks.sharded:
+            summed = [_whole(bucket, stats) / ranks.replicas for bucket, stats in zip(rows[-1], tensors, strict=True)]
+            tensors = []
+        if ranks is not None and read:
+            table, calls = ranks.collect(ages[0].device)
+            summed.append(table)
+        self._rows = []
+        self._in_flight.append(
+            Window(
+                rows=rows,
+                micro=micro,
+                transfer=Transfer([*ages, *tensors], summed, ranks.group if ranks else None),
+                read=read,
+                step=self.step,
+                settings=settings,
+                problem=self._problem(),
+                comparable=self._comparable(),
+                ranks=ranks,
+                calls=calls,
+            )
+        )
+
+
+def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:
+    """A shard's sums [passes, tensors, 7] scaled up from its sample; the seventh is above 0 if anything was visited."""
+    plan = bucket.plan
+    scale, tensor = (torch.from_numpy(a).to(stats.device) for a in (plan.scale, plan.tensor))
+    seen = (scale > 0).to(stats).expand(*stats.shape[:2])
+    scaled = torch.cat([stats * scale[:, None], seen[..., None]], dim=-1)
+    return scaled.new_zeros(len(scaled), len(bucket.params), scaled.shape[-1]).index_add_(1, tensor, scaled)
