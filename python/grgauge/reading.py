@@ -41,7 +41,6 @@ class Reading:
     noise_scale_error  its standard error
     grad_norm          L2 norm of the mean gradient, non-finite elements left out
     nonfinite          non-finite gradient elements since the last reading
-    critical           True in the critical learning period: the gradient norm is still on its way
     ready              True if every gauge that is available has seen enough to be acted on
     notes              why something is missing or not ready, and what was read where that is not plain, in words
     table              makes `segments`
@@ -58,7 +57,6 @@ class Reading:
     noise_scale_error: float | None
     grad_norm: float
     nonfinite: int
-    critical: bool
     ready: bool
     notes: tuple[str, ...] = ()
     table: Callable[[], tuple[SegmentReading, ...]] = field(default=tuple, repr=False, compare=False)

@@ -40,7 +40,6 @@ ANY_READING = st.builds(
     noise_scale_error=MAYBE,
     grad_norm=st.floats(),
     nonfinite=st.just(0),
-    critical=st.booleans(),
     ready=st.booleans(),
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..estimators import Groups, gr_s, two_batch
 from ..optim import AdamW, BucketSums, is_sharded, unwrapped
 from ..reading import Reading
-from ..smoothing import CriticalPeriod, Spatial, Temporal
+from ..smoothing import Spatial, Temporal
 from ..theory import finite_time_factor
 from .segments import DELTA_SQ, GRAD_SQ, LATE, NONFINITE, Ages, Rows, SampleError, Table
 from .sources import ClippingSource, FusedSource, OwnSource, Sample
@@ -74,7 +74,7 @@ class Gauge:
         self.batch_size, self.groups, self.every, self.beta = batch_size, groups, every, beta
         self._optimizer, self._scaler = optimizer, scaler if scaler is not None and scaler.is_enabled() else None
         self._attempt: object = None
-        self._temporal, self._spatial, self._critical = Temporal(beta), Spatial(beta), CriticalPeriod(beta=beta)
+        self._temporal, self._spatial = Temporal(beta), Spatial(beta)
         self._table, self._sample_error = Table([], [], beta), SampleError(beta)
         self._layout: list[list[torch.Tensor]] = []
         self._step = 0
@@ -229,7 +229,6 @@ class Gauge:
         """
         self._temporal.restart()
         self._spatial.restart()
-        self._critical.restart()
         self._source.restart()
         self._table, self._sample_error = Table([], [], self.beta), SampleError(self.beta)
         self._layout, self._rows, self._groups, self._shares, self._in_flight = [], [], [], [], []
@@ -251,7 +250,6 @@ class Gauge:
             "shards": self._shards,
             "temporal": self._temporal.state_dict(),
             "spatial": self._spatial.state_dict(),
-            "critical": self._critical.state_dict(),
             "table": self._table.state_dict(),
             "sample_error": self._sample_error.state_dict(),
             "sample": self._sample.state_dict(),
@@ -267,10 +265,9 @@ class Gauge:
         Raises ValueError if the state belongs to another kind of optimizer or to other parameters; the gauge is then as
         it was.
         """
-        temporal, spatial, critical = Temporal(self.beta), Spatial(self.beta), CriticalPeriod(beta=self.beta)
+        temporal, spatial = Temporal(self.beta), Spatial(self.beta)
         temporal.load_state_dict(state["temporal"])
         spatial.load_state_dict(state["spatial"])
-        critical.load_state_dict(state["critical"])
         before = [(room, dict(vars(room))) for room in (self._sample, self._source)]
         try:
             if self._shards != state["shards"] and state["source"]["kind"] != "fused":
@@ -288,7 +285,7 @@ class Gauge:
             for room, contents in before:
                 vars(room).update(contents)
             raise
-        self._temporal, self._spatial, self._critical = temporal, spatial, critical
+        self._temporal, self._spatial = temporal, spatial
         self._table = Table.from_state(state["table"], self.beta)
         self._sample_error = SampleError.from_state(state["sample_error"], self.beta)
         self._step, self.batch_size = state["step"], state["batch_size"]
@@ -406,7 +403,6 @@ class Gauge:
             steps = spatial.readings_until_ready * self.every
             problem = f"GR_S not ready: needs {f'~{steps:.0f} more steps' if math.isfinite(steps) else 'more signal'}"
         grad_norm = math.nan if newest is None else math.sqrt(rows.totals[newest][GRAD_SQ])
-        self._critical.update(grad_norm)
         gr_t_error = math.hypot(self._temporal.standard_error, self._sample_error.of_gr_t(rows, newest or 0, ages))
         gr_s_error, mu_error = (0.0, 0.0) if isinstance(groups, str) else _spread(groups, sampled, window.batch_size)
         return Reading(
@@ -421,7 +417,6 @@ class Gauge:
             noise_scale_error=_known(math.hypot(spatial.noise_scale_error, mu_error)) if spatial else None,
             grad_norm=grad_norm,
             nonfinite=int(sum(rows.totals[i][NONFINITE] for i in rows.taken)),
-            critical=not self._critical.over,
             ready=temporal_problem is None and (spatial is None or spatial.ready),
             notes=tuple(note for note in (temporal_problem, problem, changed) if note is not None),
             table=self._table.snapshot(None if newest is None else rows.sums[newest]),
