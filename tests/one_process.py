@@ -1,7 +1,7 @@
 """What one process sees that goes through the batches of all ranks as micro-batches; and float64, with any weights."""
 
 import torch
-from readings import BATCH, Net, batch, network, smoothed
+from network import BATCH, Net, batch, network, smoothed
 from torch import nn
 
 from grgauge import Gauge

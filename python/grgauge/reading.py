@@ -49,7 +49,6 @@ class Reading:
         grad_norm: L2 norm of the mean gradient, non-finite elements left out; nan if every step since the last reading
             was skipped.
         nonfinite: non-finite gradient elements since the last reading.
-        critical: True in the critical learning period: the gradient norm is still changing.
         ready: True if every gauge that is available has seen enough to be acted on.
         notes: why something is missing or not ready, and what was read where that is not plain, in words.
 
@@ -60,7 +59,7 @@ class Reading:
         >>> from grgauge import Reading
         >>> reading = Reading(
         ...     step=50, batch_size=64, gr_t=12.0, gr_t_error=1.5, settled=0.99, gr_s=None, gr_s_error=None,
-        ...     noise_scale=None, noise_scale_error=None, grad_norm=0.7, nonfinite=0, critical=False, ready=True,
+        ...     noise_scale=None, noise_scale_error=None, grad_norm=0.7, nonfinite=0, ready=True,
         ...     notes=("GR_S not available: groups is 1; it needs at least two micro-batches or ranks",),
         ... )
         >>> Reading.from_dict(reading.to_dict()) == reading
@@ -78,7 +77,6 @@ class Reading:
     noise_scale_error: float | None
     grad_norm: float
     nonfinite: int
-    critical: bool
     ready: bool
     notes: tuple[str, ...] = ()
     table: InitVar[Callable[[], tuple[SegmentReading, ...]]] = tuple

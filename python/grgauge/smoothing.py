@@ -1,9 +1,8 @@
 """Readings over steps, smoothed, with standard errors: plain numbers in and out, no torch, no I/O.
 
-    Mean           bias-corrected exponential moving mean of a float, with its standard error
-    Temporal       for GR_T
-    Spatial        for GR_S and the noise scale: S and G2 are smoothed apart, and only then divided
-    CriticalPeriod for the critical learning period: is the gradient norm still on its way
+    Mean      bias-corrected exponential moving mean of a float, with its standard error
+    Temporal  for GR_T
+    Spatial   for GR_S and the noise scale: S and G2 are smoothed apart, and only then divided
 
 A measurement that is not finite is no error: `update` leaves its state as it was and returns False.
 """
@@ -12,35 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import NormalDist
 
-from ._validation import require, require_batch
+from ._validation import require
 from .estimators import gr_s, gr_t
 from .theory import finite_time_factor
 
-__all__ = ["CriticalPeriod", "Mean", "Spatial", "Temporal"]
+__all__ = ["Mean", "Spatial", "Temporal"]
 
 State = dict[str, float]
 
 MIN_READINGS = 5  # of S and G2, before Spatial is ready
 MIN_FOR_ERROR = 3  # readings before a spread means anything
-
-
-def _student_t(confidence: float, degrees_of_freedom: float) -> float:
-    """Two-sided quantile of Student's t by its expansion about the normal one (Abramowitz and Stegun 26.7.5).
-
-    At confidence 0.9 within 0.3 % of the truth from 2 degrees of freedom on, at 0.99 within 1 % from 4 on.
-    """
-    require(0.0 < confidence < 1.0, "confidence", confidence, "inside (0, 1)")
-    z = NormalDist().inv_cdf(0.5 + 0.5 * confidence)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / degrees_of_freedom**k for k, term in enumerate(terms))
 
 
 class Mean:
@@ -108,11 +89,6 @@ class Mean:
         """Of the mean; nan before the third value."""
         return math.sqrt(self.variance * self.weight_sq)
 
-    @property
-    def degrees_of_freedom(self) -> float:
-        """Those of `variance`: one less than the effective number of values. Exact for equal weights."""
-        return 1.0 / self.weight_sq - 1.0 if self.readings else 0.0
-
     def state_dict(self) -> State:
         """Plain numbers, none of them nan; `load_state_dict` of them continues bit for bit."""
         return {name: getattr(self, name) for name in self._fields}
@@ -172,7 +148,7 @@ class Temporal:
         return True
 
     def read(self, ema_sq: float, grad_sq: float | None = None) -> float:
-        """GR_T now, from |m|^2 of the bias-corrected EMA, which goes into the history behind the standard errors too.
+        """GR_T now, from |m|^2 of the bias-corrected EMA; it also enters the history that standard errors come from.
 
         `grad_sq` replaces V where parameters have had gradients at different steps: then the sum of each one's own V.
 
@@ -204,7 +180,7 @@ class Temporal:
         return self._grad_sq if self._steps else math.nan
 
     @property
-    def warmth(self) -> float:
+    def finite_time_factor(self) -> float:
         """(1 - beta^t) / (1 + beta^t), from 0 when cold to 1: what to scale the target by for a young reading."""
         return finite_time_factor(self.steps, self._log.beta)
 
@@ -291,11 +267,6 @@ class Spatial:
         """The standard error of `g2`."""
         return self._g2.standard_error
 
-    @property
-    def degrees_of_freedom(self) -> float:
-        """Behind the standard errors: readings - 1 at first, (1+beta)/(1-beta) - 1 in the end (18 at 0.9)."""
-        return self._s.degrees_of_freedom
-
     def _moments(self) -> tuple[float, float, float]:
         """Variances of the smoothed S and G2, and their covariance."""
         if self.readings < MIN_FOR_ERROR:
@@ -350,7 +321,7 @@ class Spatial:
         """The standard error of `gr_s(batch_size)`, by the delta method, at the clipped point where it is clipped.
 
         Simulated, +- 1.645 of it holds the truth in 80 to 86 % of runs after 5 readings and 88 to 94 % after 60, where
-        90 % are meant. `gr_s_interval` makes up for the few readings: 88 to 94 % throughout.
+        90 % are meant.
         """
         ratio = self.gr_s(batch_size)
         if math.isnan(ratio):
@@ -359,34 +330,6 @@ class Spatial:
         by_s, by_g2 = 1.0 - ratio, 1.0 - batch_size * ratio  # times the denominator, the partial derivatives
         variance = by_s * by_s * var_s + 2.0 * by_s * by_g2 * cov + by_g2 * by_g2 * var_g2
         return _root(variance) / (max(self.s, 0.0) + batch_size * max(self.g2, 0.0))
-
-    def gr_s_interval(self, batch_size: float, confidence: float = 0.9) -> tuple[float, float]:
-        """A confidence interval for GR_S at a batch of `batch_size` samples, within its range [1/B, 1].
-
-        Fieller's, for a ratio of two correlated means (G2 + S and B G2 + S), with Student's t for the few readings
-        behind them: unlike `gr_s` +- a multiple of `gr_s_error` it need not be symmetric, and it stays honest after few
-        readings and near 1. All of [1/B, 1] where the denominator is lost in noise; nan before the third reading.
-        `theory.noise_scale_from_gr_s` turns an end of it into a noise scale, `theory.batch_for_gr_s` that into a batch.
-        """
-        require_batch(batch_size)
-        t_sq = _student_t(confidence, max(self.degrees_of_freedom, 1.0)) ** 2
-        var_s, var_g2, cov = self._moments()
-        if math.isnan(var_s):
-            return math.nan, math.nan
-        top, bottom = self.s + self.g2, self.s + batch_size * self.g2
-        var_top = var_s + 2.0 * cov + var_g2
-        var_bottom = var_s + 2.0 * batch_size * cov + batch_size**2 * var_g2
-        cov_both = var_s + (1.0 + batch_size) * cov + batch_size * var_g2
-        # the ratios x at which |top - x bottom| is below t times its own standard error: a x^2 - 2 b x + c <= 0
-        a = bottom * bottom - t_sq * var_bottom
-        b = top * bottom - t_sq * cov_both
-        c = top * top - t_sq * var_top
-        least = 1.0 / batch_size
-        if bottom <= 0.0 or a <= 0.0:
-            return least, 1.0
-        half = _root(b * b - a * c)
-        low, high = (b - half) / a, (b + half) / a
-        return min(max(low, least), 1.0), min(max(high, least), 1.0)
 
     def state_dict(self) -> State:
         """Plain numbers, none of them nan; `load_state_dict` of them continues bit for bit."""
@@ -397,52 +340,6 @@ class Spatial:
         _require_state(state, self.state_dict())
         self._s, self._g2 = _unpack(state, "s"), _unpack(state, "g2")
         self._product = float(state["product"])
-
-
-class CriticalPeriod:
-    """The critical learning period: while the gradient norm changes by `threshold` or more from reading to reading.
-
-    The change is that of the log norm, smoothed with its sign: noise goes up as often as down and cancels, a trend does
-    not. ("GR-Gauge", 3.3: a relative change of 0.01, about the first tenth of a run.) Once over it stays over, until
-    `restart`.
-    """
-
-    def __init__(self, threshold: float = 0.01, beta: float = 0.9) -> None:
-        require(threshold > 0.0, "threshold", threshold, "above 0")
-        self._threshold = threshold
-        self._change = Mean(beta)
-        self.restart()
-
-    def restart(self) -> None:
-        """Start anew, as after a change of learning rate or batch."""
-        self._change.restart()
-        self._newest, self._over = 0.0, False
-
-    def update(self, grad_norm: float) -> bool:
-        """Take in the norm of one reading. One that is not finite and above 0 changes nothing and returns False."""
-        if not 0.0 < grad_norm < math.inf:
-            return False
-        if self._newest > 0.0:
-            self._change.update(math.log(grad_norm / self._newest))
-            self._over = self._over or (
-                self._change.readings >= MIN_READINGS and abs(self._change.mean) < self._threshold
-            )
-        self._newest = grad_norm
-        return True
-
-    @property
-    def over(self) -> bool:
-        return self._over
-
-    def state_dict(self) -> State:
-        """Plain numbers, none of them nan; `load_state_dict` of them continues bit for bit."""
-        return {**_pack(change=self._change), "newest": self._newest, "over": float(self._over)}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a `state_dict`, its beta included. One that does not fit raises ValueError and changes nothing."""
-        _require_state(state, self.state_dict())
-        self._change = _unpack(state, "change")
-        self._newest, self._over = float(state["newest"]), bool(state["over"])
 
 
 def _root(variance: float) -> float:

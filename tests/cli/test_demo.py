@@ -47,7 +47,6 @@ def reading(step, gr_t=20.0, gr_s=0.58, **other):
         "noise_scale_error": None,
         "grad_norm": 1.0,
         "nonfinite": 0,
-        "critical": True,
         "ready": True,
     }
     return Reading(step=step, gr_t=gr_t, gr_s=gr_s, **{**known, **other})

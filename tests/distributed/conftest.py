@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from readings import torchrun
+from torchrun import torchrun
 
 RANKS = Path(__file__).parent / "ranks.py"
 

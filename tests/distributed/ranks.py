@@ -15,11 +15,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import readings
+import setups
 import torch
 import torch.distributed as dist
+from network import BATCH, Net, batch
 from one_process import Branching
-from readings import BATCH, Net, batch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.checkpoint.state_dict import (
@@ -129,7 +129,7 @@ def read(model, *, steps=STEPS, loss_of=None, **options):
 
 @on(2, 4)
 def table():
-    return readings.readings_of(dist.get_world_size())
+    return setups.readings_of(dist.get_world_size())
 
 
 # DDP

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from network import BATCH, batch, network, samples
 from one_process import Branching, micro_batches, weighted_truth
-from readings import BATCH, batch, network, samples
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from readings import torchrun
+from torchrun import torchrun
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

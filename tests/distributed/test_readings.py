@@ -1,17 +1,17 @@
-"""The table of bench/readings.py: each row a test, of ranks that torchrun has started."""
+"""What gauges read in every way to train, against float64; of ranks that torchrun has started."""
 
 import pytest
-import readings
-from readings import GROWTH, RUNS, SETUPS, STEPS
+import setups
+from setups import GROWTH, RUNS, SETUPS, STEPS
 
 
 @pytest.fixture(scope="module")
 def rows(two, four):
-    ranks = {1: [readings.readings_of(1)], 2: two["table"], 4: four["table"]}
+    ranks = {1: [setups.readings_of(1)], 2: two["table"], 4: four["table"]}
     return {
         (row.configuration, row.precision, row.optimizer): row
         for world in (1, 2, 4)
-        for row in readings.rows_of(ranks[world])
+        for row in setups.rows_of(ranks[world])
     }
 
 
@@ -25,12 +25,12 @@ def test_a_row_of_the_table(rows, configuration, precision, optimizer):
     assert row.ranks_alike
     assert row.passed
     if precision == "fp16":  # has grown after 8 and 16 steps, was halved for the one that was skipped, and grew again
-        assert row.scale == 2.0 ** (10 + 2 - 1 + (STEPS - readings.OVERFLOW - 1) // GROWTH)
+        assert row.scale == 2.0 ** (10 + 2 - 1 + (STEPS - setups.OVERFLOW - 1) // GROWTH)
 
 
 def test_the_table_has_every_row(rows):
     assert len(rows) == len(SETUPS) * len(RUNS) == 32
-    truths = {readings.truth(n, frozenset()) for n in (2, 4)}
+    truths = {setups.truth(n, frozenset()) for n in (2, 4)}
     assert len({truth.gr_t for truth in truths}) == 1  # whatever the groups are, the mean gradient is the same
     assert len({truth.gr_s for truth in truths}) == 2
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from network import BATCH, Net, batch, network
 from one_process import weighted_truth
-from readings import BATCH, Net, batch, network
 from torch import nn
 
 from grgauge import AdamW, Gauge, theory

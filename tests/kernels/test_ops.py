@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,9 +76,17 @@ def test_measuring_compiles_without_a_graph_break(compiler, with_ema):
 
 def test_backends_say_why():
     found = gk.backends()
-    assert found["reference"] is True
-    assert found["cpu"] is True
-    assert found["triton"] is True or isinstance(found["triton"], str)
+    assert [found[name] for name in ("reference", "cpu", "triton")] == [True, True, True]
+    bare = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "import grgauge_kernels as gk; print(gk.backends()['triton'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**bare, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "no CUDA device\n"
 
 
 def test_a_backend_can_be_asked_for_by_name():

@@ -20,7 +20,6 @@ READING = Reading(
     noise_scale_error=5.0,
     grad_norm=1.0,
     nonfinite=0,
-    critical=True,
     ready=True,
 )
 CONFIG = Config(1e-3, 64, 0.01)

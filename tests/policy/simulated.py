@@ -116,7 +116,6 @@ class Training:
             noise_scale_error=(1.0 + mu * share) * 0.2 / math.sqrt(n) * s / g2**2 if g2 > 0.0 and n >= 3 else None,
             grad_norm=1.0 / (1.0 + self.progress) * math.exp(self.rng.gauss(0.0, 0.1)),
             nonfinite=0,
-            critical=True,
             ready=self.step >= 20 and n >= 5,
         )
 

@@ -17,8 +17,9 @@ from policy.healthy import CONFIG, READING, watch
 from policy.simulated import EVERY, FATAL, Loop, Outcome, World, ideal_cost
 
 from grgauge import Config, Continue, Policy, Retune, Stop, Target, theory
-from grgauge.policy.losses import KEPT, Losses
-from grgauge.policy.policy import full_grown
+from grgauge.policy.losses import Losses
+from grgauge.policy.measured import full_grown
+from grgauge.policy.rules import RULES
 
 # --- the published rules ---------------------------------------------------------------------------------------------
 
@@ -180,9 +181,14 @@ def test_d_an_estimate_of_the_noise_scale_that_is_lost_in_noise_is_not_solved_fo
 @pytest.mark.parametrize("gr_t", [2.0, 20.0, 60.0])
 def test_e_the_blind_gauge_settles_nothing(gr_t):
     policy = Policy(max_batch=64)
-    losses = [2.3 - 0.05 * i for i in range(40)]
+    losses = [2.3 - 0.03 * i for i in range(60)]
     assert isinstance(watch(policy, checks=40, gr_t=gr_t, gr_s=0.99, gr_s_error=0.01, losses=losses), Continue)
-    assert policy.state_dict()["found"] is False
+    assert not settled(policy, first=205, losses=losses[40:])
+
+
+def settled(policy, first, losses):
+    """A learning rate that was found good is not raised for a GR_T just below its zone; any other is."""
+    return isinstance(watch(policy, first=first, checks=15, gr_t=10.0, losses=losses), Continue)
 
 
 @pytest.mark.parametrize("gr_t", [8.0, 19.0, 25.0])
@@ -207,12 +213,11 @@ def test_e_a_plateau_is_explored_at_a_cheap_batch():
 
 
 def test_e_a_gauge_that_may_be_blind_settles_nothing():
-    policy = Policy()
-    losses = [2.3 - 0.05 * i for i in range(20)]
-    watch(policy, gr_s=0.8, gr_s_error=0.3, losses=losses)
-    assert policy.state_dict()["found"] is False
-    watch(policy, gr_s=0.58, first=105, losses=losses)
-    assert policy.state_dict()["found"] is True
+    losses = [2.3 - 0.05 * i for i in range(35)]
+    for error, found in ((0.3, False), (0.02, True)):
+        policy = Policy(max_batch=64)
+        watch(policy, gr_s=0.6, gr_s_error=error, losses=losses)
+        assert settled(policy, first=105, losses=losses[20:]) == found
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -316,16 +321,6 @@ def test_a_batch_of_one_which_reads_1_whatever_the_noise_is_grows_step_by_step()
     assert decision.evidence.quantity == "GR_S"
 
 
-def test_a_trial_ends_where_somebody_else_changes_the_configuration():
-    """A weight decay that follows the learning rate is no such change."""
-    policy = Policy()
-    state = policy.state_dict() | {"config": [2e-3, 64, 0.01], "test": [1e-3, 64, 1.0, 0.01]}
-    for config, kept in ((Config(2e-3, 64, 0.005), True), (Config(5e-4, 64, 0.01), False)):
-        policy.load_state_dict(state)
-        policy.observe(None, config, loss=1.0)
-        assert (policy.state_dict()["test"] is not None) == kept
-
-
 # --- a loss that stalls ----------------------------------------------------------------------------------------------
 
 
@@ -392,6 +387,18 @@ def test_a_loss_that_doubles_on_trial_goes_back_to_saved_weights():
     assert back.evidence.step - up.evidence.step <= 40
 
 
+def test_a_trial_ends_where_somebody_else_changes_the_configuration():
+    """A weight decay that follows the learning rate is no such change."""
+    for change, kept in ({"weight_decay": 0.005}, True), ({"lr": 5e-4}, False), ({"batch_size": 128}, False):
+        policy, losses = Policy(), [2.0, 1.5, *(1.0 + 0.001 * (-1) ** i for i in range(80))]
+        policy.observe(None, CONFIG, loss=2.3)
+        watch(policy, checks=12, losses=losses)
+        up = watch(policy, first=65, checks=60, losses=losses[12:], **JUMPS)
+        assert up.evidence.rule == "stall"
+        decision = watch(policy, replace(up.config, **change), checks=3, first=up.evidence.step + 5, losses=losses[2:])
+        assert (decision.reason == "a higher learning rate is on trial") == kept
+
+
 def test_nothing_moves_while_a_learning_rate_is_on_trial():
     """Not before another tenth of all samples has been seen under it."""
     up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05, **JUMPS)
@@ -399,7 +406,7 @@ def test_nothing_moves_while_a_learning_rate_is_on_trial():
 
 
 @cache
-def journeys() -> tuple[tuple[World, Outcome, float], ...]:
+def journeys() -> tuple[tuple[World, Config, Outcome, float], ...]:
     """Random worlds and starts, log-uniform over lr 1e-5..1 and batch 8..512, until the excess loss is e^-3."""
     rng, runs = random.Random(3), []
     for seed in range(STARTS):
@@ -407,12 +414,12 @@ def journeys() -> tuple[tuple[World, Outcome, float], ...]:
         start = Config(10 ** rng.uniform(-5, 0), round(8 * 64 ** rng.random()))
         ideal = ideal_cost(world, PROGRESS)
         policy = Policy(min_batch=4, max_batch=512)
-        runs.append((world, Loop(policy, world, start, seed).run(6 * ideal, PROGRESS), ideal))
+        runs.append((world, start, Loop(policy, world, start, seed).run(6 * ideal, PROGRESS), ideal))
     return tuple(runs)
 
 
 def test_nearly_every_start_arrives_at_little_more_than_the_cost_of_an_ideal_run():
-    ratios = sorted(run.cost / ideal if run.reached else math.inf for _, run, ideal in journeys())
+    ratios = sorted(run.cost / ideal if run.reached else math.inf for _, _, run, ideal in journeys())
     assert ratios[len(ratios) // 2] < 1.0
     assert ratios[int(0.9 * len(ratios))] < 1.4
     assert ratios[int(0.98 * len(ratios))] < 2.5
@@ -421,14 +428,14 @@ def test_nearly_every_start_arrives_at_little_more_than_the_cost_of_an_ideal_run
 def test_nearly_every_start_ends_near_the_best_learning_rate():
     near = [
         0.4 < run.config.lr / world.best_lr(run.config.batch_size, run.training.progress) < 2.5
-        for world, run, _ in journeys()
+        for world, _, run, _ in journeys()
     ]
     assert sum(near) >= 0.95 * len(near)
 
 
 def test_nothing_oscillates_for_ever():
     """Few moves in all, no configuration proposed again and again, and hardly any once the search is over."""
-    for _, run, _ in journeys():
+    for _, _, run, _ in journeys():
         assert len(run.moves) <= 25
         configs = [move.config for move in run.moves]
         assert all(configs.count(config) <= 3 for config in configs)
@@ -451,7 +458,7 @@ def test_once_found_a_configuration_stays(seed):
 
 
 def test_gr_t_moves_nothing_while_it_is_blind():
-    for _, run, _ in journeys():
+    for _, _, run, _ in journeys():
         for move in run.moves:
             if move.evidence.quantity == "GR_T":
                 assert move.evidence.rule == "learning rate"
@@ -459,7 +466,7 @@ def test_gr_t_moves_nothing_while_it_is_blind():
 
 def test_every_decision_says_why_in_one_line():
     seen = set()
-    for _, run, _ in journeys()[:100]:
+    for _, _, run, _ in journeys()[:100]:
         for _, decision in run.decisions:
             assert decision.reason
             assert decision.evidence.rule
@@ -471,33 +478,25 @@ def test_every_decision_says_why_in_one_line():
 
 
 def test_the_measured_rules_beat_the_published_ones_from_bad_starts():
-    """The published rules, in the same worlds from the same starts, arrive from less than half of them."""
-    arrived = 0
-    for seed, (world, run, ideal) in enumerate(journeys()[:100]):
-        start = next((d for _, d in run.decisions), None)
-        assert start is not None
-        rng = random.Random(seed)
-        config = Config(10 ** rng.uniform(-5, 0), round(8 * 64 ** rng.random()))
-        bounds = {"min_batch": 4, "max_batch": 512, "lr_bounds": (1e-6, 1.0)}
-        arrived += Loop(Policy.paper(**bounds), world, config, seed).run(6 * ideal, PROGRESS).reached
-    assert arrived < 70
+    """Learning rates ten times off and more; same worlds, starts, seeds and bounds, compared at equal samples.
+
+    The published rules go back to untrained weights whenever 20 steps have not brought the gauges into the zone.
+    """
+    ahead, arrived, bad = 0, 0, 0
+    for seed, (world, start, run, ideal) in enumerate(journeys()[:200]):
+        if 0.1 < start.lr / world.best_lr(start.batch_size) < 10.0:
+            continue
+        published = Loop(Policy.paper(min_batch=4, max_batch=512), world, start, seed)
+        other = published.run(run.cost)
+        bad += 1
+        ahead += run.training.progress > other.training.progress + 1.0
+        arrived += published.run(6 * ideal, PROGRESS).reached
+    assert bad > 80
+    assert ahead >= 0.95 * bad, "an excess loss smaller by a factor e or more"
+    assert arrived < 0.5 * bad
 
 
-# --- cost, the caller's own ways -------------------------------------------------------------------------------------
-
-
-def test_cost_counts_abandoned_weights_and_samples_not_steps():
-    policy = Policy()
-    watch(policy, checks=2)
-    assert policy.cost == 10 * 64
-    policy.observe(None, CONFIG, loss=math.nan)
-    restart = policy.observe(None, CONFIG, loss=math.nan)
-    assert not restart.reuse
-    watch(policy, restart.config, checks=2)
-    assert policy.cost == 10 * 64 + 10 * restart.config.batch_size
-    told = Policy()
-    told.observe(READING, CONFIG, samples=1234.0)
-    assert told.cost == 1234.0
+# --- the caller's own ways -------------------------------------------------------------------------------------------
 
 
 def test_a_configuration_out_of_bounds_is_brought_in_at_once():
@@ -569,9 +568,9 @@ def test_losses_stay_small_and_keep_their_span():
     for i in range(10_000):
         losses.add(1.0)
         losses.close(i)
-    assert len(losses.curve) <= KEPT
-    assert losses.curve[0][0] == 0
-    assert losses.curve[-1][0] == 9999
+    assert len(losses.curve) <= RULES.kept_blocks
+    assert losses.curve[0].samples == 0
+    assert losses.curve[-1].samples == 9999
 
 
 def test_a_target_of_ones_own_is_the_one_that_is_aimed_at():
@@ -615,21 +614,52 @@ def replay(run, **settings):
     return decision
 
 
-@pytest.mark.parametrize("run", RECORDED, ids=lambda run: f"{run['task']}-{run['batch']}-{run['lr']:g}")
-def test_a_real_training_is_moved_in_the_right_direction(run):
-    """At a batch that is held: up from a tenth of the best rate, down and from scratch from thirty times it."""
-    decision = replay(run, min_batch=run["batch"], max_batch=run["batch"])
-    away = run["lr"] / run["best_lr"]
-    if away <= 0.11:
-        assert isinstance(decision, Continue) or (decision.reuse and decision.config.lr > 1.5 * run["lr"])
-        blind = max(value or 1.0 for value in run["gr_s"][-8:]) > 0.95
-        assert blind or isinstance(decision, Retune)
-    elif away >= 29.0:
-        assert not decision.reuse
-        assert decision.config.lr <= run["lr"] / 4
-        assert decision.evidence.step <= 40
-    elif isinstance(decision, Retune) and decision.reuse:
-        assert 0.24 <= decision.config.lr / run["lr"] <= 4.1
+MOVES = {
+    "char-32": "++++---",
+    "char-128": "++++---",
+    "img-32": "++++---",
+    "img-128": "++++---",
+    "reg-32": "+++0---",
+    "reg-128": "++++---",
+    "noisy-32": "+++000-",
+    "noisy-128": "++++00-",
+}
+"""Where the first move of each recorded sweep goes, from its lowest learning rate to its highest."""
+
+
+def change(decision, run):
+    """What the learning rate is multiplied by."""
+    return 1.0 if isinstance(decision, Continue) else decision.config.lr / run["lr"]
+
+
+@pytest.mark.parametrize("sweep", MOVES)
+def test_a_real_training_is_moved_up_by_steps_and_down_from_scratch(sweep):
+    """At a batch that is held: up with its weights by a factor of 2.2 to 4, or within 45 steps to a sixth or less."""
+    runs = sorted((run for run in RECORDED if f"{run['task']}-{run['batch']}" == sweep), key=lambda run: run["lr"])
+    for run, move in zip(runs, MOVES[sweep], strict=True):
+        decision = replay(run, min_batch=run["batch"], max_batch=run["batch"])
+        factor = change(decision, run)
+        assert move == ("+" if factor > 1.0 else "-" if factor < 1.0 else "0"), (run["lr"], decision)
+        if move == "+":
+            assert decision.reuse
+            assert 2.2 < factor < 4.001
+        if move == "-":
+            assert not decision.reuse
+            assert factor < 0.17
+            assert decision.evidence.step <= 45
+
+
+def test_real_trainings_are_moved_towards_the_best_learning_rate():
+    """Those that are three times off or more: 43 of 48, and none of those thirty times too high is kept."""
+    right = []
+    for run in RECORDED:
+        away = run["lr"] / run["best_lr"]
+        factor = change(replay(run, min_batch=run["batch"], max_batch=run["batch"]), run)
+        if away < 0.4 or away > 2.5:
+            right.append((factor - 1.0) * (1.0 - away) > 0.0)
+        if away > 29.0:
+            assert factor < 0.17
+    assert (sum(right), len(right)) == (43, 48)
 
 
 @pytest.mark.parametrize("run", [run for run in RECORDED if run["task"] == "char" and run["batch"] == 128])

@@ -1,4 +1,4 @@
-"""What the tuner's tests share: a policy that does as it is told, and a training function's body."""
+"""What the tuner's tests share: a rule set that follows a script, and a training function's body."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grgauge import Continue, Policy, Retune
+from grgauge import Continue, Retune, Target
 from grgauge.policy import Evidence
 
 SPACE = {"lr": (1e-5, 1.0), "batch_size": (8, 512)}
 
 
-class Told(Policy):
-    """Retunes as `orders` say: {study samples at which, counted by the policy: Retune or Stop}."""
+class Told:
+    """A `RuleSet` that decides as `orders` say: {study samples at which, counted here: Retune or Stop}.
+
+    With what the tuner asks of a policy beside: its target, and batches that are allowed.
+    """
+
+    target, min_batch, max_batch, batch_multiple = Target(), 1, 1 << 20, 1
 
     def __init__(self, orders):
-        super().__init__()
         self.orders, self.total, self.seen = dict(orders), 0, []
 
     def observe(self, reading, config, *, loss=None, samples=None, lr_factor=1.0):

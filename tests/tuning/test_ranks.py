@@ -10,7 +10,7 @@ import signal
 import optuna
 import pytest
 import torch
-from readings import torchrun
+from torchrun import torchrun
 from tuning import failing_ranks, ranks
 
 from grgauge.tuning.data import source

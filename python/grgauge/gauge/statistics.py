@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..estimators import Groups, gr_s, two_batch
 from ..reading import Reading
-from ..smoothing import CriticalPeriod, Spatial, Temporal
+from ..smoothing import Spatial, Temporal
 from ..theory import finite_time_factor
 from .micro_batches import Collected
 from .segments import GRAD_SQ, NONFINITE, Ages, Rows, SampleError, Table
@@ -33,7 +33,7 @@ class Statistics:
     def restart(self) -> None:
         """Start cold."""
         beta = self._beta
-        self._temporal, self._spatial, self._critical = Temporal(beta), Spatial(beta), CriticalPeriod(beta=beta)
+        self._temporal, self._spatial = Temporal(beta), Spatial(beta)
         self.table, self.sample_error = Table([], [], beta), SampleError(beta)
         self._last: tuple[Rows, int] | None = None  # the last step since the last reading that was not skipped
         self._nonfinite = 0  # elements since the last reading
@@ -42,7 +42,6 @@ class Statistics:
         return {
             "temporal": self._temporal.state_dict(),
             "spatial": self._spatial.state_dict(),
-            "critical": self._critical.state_dict(),
             "table": self.table.state_dict(),
             "sample_error": self.sample_error.state_dict(),
             "nonfinite": self._nonfinite,
@@ -53,7 +52,6 @@ class Statistics:
         made = Statistics(beta)
         made._temporal.load_state_dict(state["temporal"])
         made._spatial.load_state_dict(state["spatial"])
-        made._critical.load_state_dict(state["critical"])
         made.table = Table.from_state(state["table"], beta)
         made.sample_error = SampleError.from_state(state["sample_error"], beta)
         made._nonfinite = state.get("nonfinite", 0)
@@ -101,7 +99,6 @@ class Statistics:
             gr_s_error, mu_error = _spread(groups, sampled, window.settings.batch_size)
         sums = None if self._last is None else self._last[0].sums[self._last[1]]
         grad_norm = math.nan if self._last is None else math.sqrt(self._last[0].totals[self._last[1]][GRAD_SQ])
-        self._critical.update(grad_norm)
         return Reading(
             step=window.step,
             batch_size=window.settings.batch_size,
@@ -116,7 +113,6 @@ class Statistics:
             noise_scale_error=_known(math.hypot(spatial.noise_scale_error, mu_error)) if spatial else None,
             grad_norm=grad_norm,
             nonfinite=self._nonfinite,
-            critical=not self._critical.over,
             ready=temporal_note is None and (spatial is None or spatial.ready),
             notes=tuple(note for note in (temporal_note, spatial_note, changed) if note is not None),
             table=self.table.snapshot(sums),

@@ -2,10 +2,25 @@
 
 Target, verdict            where readings should be, and how far from there one is
 Policy                     readings and losses in; Continue, Retune to another Config, or Stop out, with the Evidence
+RuleSet                    what a policy of one's own must have
 """
 
-from .moves import REPEAT
+from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
+from .measured import REPEAT
 from .policy import Policy
-from .target import Config, Continue, Decision, Evidence, Retune, Stop, Target, verdict
+from .protocol import RuleSet
+from .target import Target, verdict
 
-__all__ = ["REPEAT", "Config", "Continue", "Decision", "Evidence", "Policy", "Retune", "Stop", "Target", "verdict"]
+__all__ = [
+    "REPEAT",
+    "Config",
+    "Continue",
+    "Decision",
+    "Evidence",
+    "Policy",
+    "Retune",
+    "RuleSet",
+    "Stop",
+    "Target",
+    "verdict",
+]

@@ -1,16 +1,20 @@
-"""What the training loss tells that gauges cannot: whether a network has been hurt. Plain numbers, no torch, no I/O."""
+"""What the training loss says that gauges cannot: whether a network was damaged. Plain numbers, no torch, no I/O."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from .._validation import require
+from .course import restored
+from .rules import RULES
 
-KEPT = 256
-"""Points of a curve; beyond, every second of its older half goes."""
+
+class Block(NamedTuple):
+    """The losses from one check to the next: their mean, and the age of the weights in samples at its end."""
+
+    samples: float
+    loss: float
 
 
 @dataclass
@@ -18,12 +22,12 @@ class Losses:
     """Training losses of one line of weights, in blocks from check to check.
 
     first     the first loss, that of untrained weights if it was given
-    curve     [samples, mean loss] of each block
+    curve     the blocks so far, thinned where they are old
     variance  of a single loss about its level, half the mean square of successive differences, which no trend enters
     """
 
     first: float | None = None
-    curve: list[list[float]] = field(default_factory=list)
+    curve: list[Block] = field(default_factory=list)
     variance: float = 0.0
     differences: float = 0.0  # how many, with old ones fading
     size: int = 1  # losses in the newest block
@@ -37,11 +41,10 @@ class Losses:
             self.first = loss
         self.total, self.count = self.total + loss, self.count + 1
         if self.last is not None:
-            # half a square beyond 9 variances is a jump, not noise
             square = 0.5 * (loss - self.last) ** 2
-            if self.differences >= 8.0:
-                square = min(square, 9.0 * self.variance)
-            self.differences = 0.97 * self.differences + 1.0
+            if self.differences >= RULES.noise_differences:
+                square = min(square, RULES.jump * self.variance)
+            self.differences = RULES.fading * self.differences + 1.0
             self.variance += (square - self.variance) / self.differences
         self.last = loss
 
@@ -50,26 +53,27 @@ class Losses:
         if not self.count:
             return None
         mean = self.total / self.count
-        self.curve.append([samples, mean])
+        self.curve.append(Block(samples, mean))
         self.total, self.count, self.size = 0.0, 0, self.count
-        if len(self.curve) > KEPT:
-            self.curve = self.curve[: KEPT // 2 : 2] + self.curve[KEPT // 2 :]
+        half = RULES.kept_blocks // 2
+        if len(self.curve) > RULES.kept_blocks:
+            self.curve = self.curve[:half:2] + self.curve[half:]
         return mean
 
     def level(self, blocks: int, since: float = -math.inf) -> float | None:
         """Mean of the newest `blocks` blocks that ended after `since` samples, None where there are fewer."""
-        values = [mean for samples, mean in self.curve[-blocks:] if samples > since]
+        values = [block.loss for block in self.curve[-blocks:] if block.samples > since]
         return sum(values) / blocks if len(values) == blocks > 0 else None
 
     def untrained(self) -> float | None:
         """The loss of untrained weights, from the first loss and the first block; None before them."""
         if self.first is None or not self.curve:
             return None
-        return min(self.first, 0.5 * (self.first + self.curve[0][1]))
+        return min(self.first, 0.5 * (self.first + self.curve[0].loss))
 
     def blocks(self, since: float) -> int:
         """How many blocks have ended after `since` samples."""
-        return sum(samples > since for samples, _ in self.curve)
+        return sum(block.samples > since for block in self.curve)
 
     def error(self, blocks: int) -> float:
         """Standard error of a `level` of that many blocks."""
@@ -89,14 +93,9 @@ class Losses:
 
     def cut(self, samples: float) -> None:
         """Forget what came after that age: the weights have gone back to it."""
-        self.curve = [point for point in self.curve if point[0] <= samples]
+        self.curve = [block for block in self.curve if block.samples <= samples]
         self.total, self.count, self.last = 0.0, 0, None
 
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
-    def from_state(state: Mapping[str, Any]) -> Losses:
-        own = Losses()
-        require(set(state) == set(asdict(own)), "state['losses']", sorted(state), f"keyed {sorted(asdict(own))}")
-        return Losses(**{**state, "curve": [list(point) for point in state["curve"]]})
+    def from_state(state: Any) -> Losses:
+        return restored(Losses, state, "state['losses']", curve=lambda curve: [Block(*block) for block in curve])

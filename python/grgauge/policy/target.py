@@ -1,16 +1,10 @@
-"""From a reading to what it says about learning rate and batch size, and the words of a `Policy`'s decisions.
-
-Target, verdict              where a reading should be, and how far from there it is
-Config                       what a policy sets
-Continue, Retune, Stop       what it decides, each with a reason in words and its `Evidence`
-"""
+"""Where a reading should be, and how far from there it is."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from .._validation import require
 from ..reading import Reading
 
 
@@ -44,9 +38,9 @@ class Target:
         """What one step multiplies the learning rate by: (GR_T*/GR_T)^(1/xi_T); 1 inside the zone, None if unknown."""
         if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.settled > 0.0):
             return None
-        settled = reading.gr_t / reading.settled
+        gr_t = reading.gr_t / reading.settled
         low, high = self.gr_t_zone
-        return 1.0 if low <= settled <= high else float((self.gr_t / settled) ** (1.0 / self.gr_t_power))
+        return 1.0 if low <= gr_t <= high else float((self.gr_t / gr_t) ** (1.0 / self.gr_t_power))
 
     def batch_factor(self, reading: Reading) -> float | None:
         """What one step multiplies the batch size by: (GR_S/GR_S*)^(1/xi_S); 1 inside the zone, None if unknown."""
@@ -54,100 +48,6 @@ class Target:
             return None
         low, high = self.gr_s_zone
         return 1.0 if low <= reading.gr_s <= high else float((reading.gr_s / self.gr_s) ** (1.0 / self.gr_s_power))
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a policy sets.
-
-    lr            peak learning rate, the one that a schedule multiplies
-    batch_size    global batch in samples
-    weight_decay  handed on as it is
-    """
-
-    lr: float
-    batch_size: int
-    weight_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        require(0.0 < self.lr < math.inf, "lr", self.lr, "finite and above 0")
-        whole = isinstance(self.batch_size, int) and self.batch_size >= 1
-        require(whole, "batch_size", self.batch_size, "a whole number of at least 1 sample")
-        decay = self.weight_decay
-        require(decay is None or 0.0 <= decay < math.inf, "weight_decay", decay, "None or finite and at least 0")
-
-    def __str__(self) -> str:
-        return f"lr {self.lr:.2e}, batch {self.batch_size}"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a decision rests on.
-
-    rule      the name of the rule that decided
-    step      the reading's step, None where there was no reading
-    quantity  "GR_T", "GR_S", "loss", "gradient norm", or "" where no number was needed
-    value     of that quantity
-    interval  the interval it was judged by, None where it was judged as it is
-    """
-
-    rule: str
-    step: int | None = None
-    quantity: str = ""
-    value: float | None = None
-    interval: tuple[float, float] | None = None
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return self.rule
-        within = "" if self.interval is None else f" [{self.interval[0]:.3g}, {self.interval[1]:.3g}]"
-        return f"{self.rule}: {self.quantity} {self.value:.3g}{within}"
-
-
-@dataclass(frozen=True)
-class Continue:
-    """Train on as before."""
-
-    reason: str
-    evidence: Evidence
-
-    def __str__(self) -> str:
-        return f"go on: {self.reason} ({self.evidence})"
-
-
-@dataclass(frozen=True)
-class Retune:
-    """Train on with another configuration.
-
-    config    the new configuration
-    reuse     True: with the weights and optimizer state at hand, which are to be saved first; False: from untrained
-              weights
-    rollback  with `reuse`: with the weights and state that the last `Retune` without rollback saved
-    """
-
-    config: Config
-    reuse: bool
-    reason: str
-    evidence: Evidence
-    rollback: bool = False
-
-    def __str__(self) -> str:
-        weights = "from saved weights" if self.rollback else "same weights" if self.reuse else "from scratch"
-        return f"{self.config}, {weights}: {self.reason} ({self.evidence})"
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End this training: no configuration within the bounds is left to try."""
-
-    reason: str
-    evidence: Evidence
-
-    def __str__(self) -> str:
-        return f"stop: {self.reason} ({self.evidence})"
-
-
-Decision = Continue | Retune | Stop
 
 
 def verdict(reading: Reading, target: Target | None = None) -> str:

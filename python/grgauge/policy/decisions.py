@@ -1,0 +1,106 @@
+"""What a policy sets, what it decides, and what a decision rests on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .._validation import require
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a policy sets.
+
+    lr            peak learning rate, the one that a schedule multiplies
+    batch_size    global batch in samples
+    weight_decay  handed on as it is
+    """
+
+    lr: float
+    batch_size: int
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.lr < math.inf, "lr", self.lr, "finite and above 0")
+        whole = isinstance(self.batch_size, int) and self.batch_size >= 1
+        require(whole, "batch_size", self.batch_size, "a whole number of at least 1 sample")
+        decay = self.weight_decay
+        require(decay is None or 0.0 <= decay < math.inf, "weight_decay", decay, "None or finite and at least 0")
+
+    def __str__(self) -> str:
+        return f"lr {self.lr:.2e}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a decision rests on.
+
+    rule      the name of the rule that decided
+    step      the reading's step, None where there was no reading
+    quantity  "GR_T", "GR_S", "loss", "gradient norm", or "" where no number was needed
+    value     of that quantity
+    interval  the interval it was judged by, None where it was judged as it is
+    """
+
+    rule: str
+    step: int | None = None
+    quantity: str = ""
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return self.rule
+        within = "" if self.interval is None else f" [{self.interval[0]:.3g}, {self.interval[1]:.3g}]"
+        return f"{self.rule}: {self.quantity} {self.value:.3g}{within}"
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Train on as before.
+
+    notable  worth a line in a log: something would have been done, but for a reason that comes up once a trial
+    """
+
+    reason: str
+    evidence: Evidence
+    notable: bool = False
+
+    def __str__(self) -> str:
+        return f"go on: {self.reason} ({self.evidence})"
+
+
+@dataclass(frozen=True)
+class Retune:
+    """Train on with another configuration.
+
+    config    the new configuration
+    reuse     True: with the weights and optimizer state at hand, which are to be saved first; False: from untrained
+              weights
+    rollback  with `reuse`: with the weights and state that the last `Retune` without rollback saved
+    """
+
+    config: Config
+    reuse: bool
+    reason: str
+    evidence: Evidence
+    rollback: bool = False
+
+    def __str__(self) -> str:
+        weights = "from saved weights" if self.rollback else "same weights" if self.reuse else "from scratch"
+        return f"{self.config}, {weights}: {self.reason} ({self.evidence})"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End this training: no configuration within the bounds is left to try."""
+
+    reason: str
+    evidence: Evidence
+
+    def __str__(self) -> str:
+        return f"stop: {self.reason} ({self.evidence})"
+
+
+Decision = Continue | Retune | Stop
