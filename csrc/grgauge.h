@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 /* Grows whenever grgauge_pass changes, so that a binding never fills another library's struct. */
-#define GRGAUGE_ABI 1
+#define GRGAUGE_ABI 2
 
 /* Codes from GRGAUGE_CUDA_ERROR on are CUDA's own, that much higher. */
 enum { GRGAUGE_OK = 0, GRGAUGE_BAD_DTYPE = 1, GRGAUGE_OUT_OF_MEMORY = 2, GRGAUGE_CUDA_ERROR = 1000000 };
@@ -49,8 +49,8 @@ typedef struct {
 
   /* AdamW, if params is given. Addresses as for grads. */
   void* const* params;
-  void* const* exp_avgs;    /* float */
-  void* const* exp_avg_sqs; /* float */
+  void* const* exp_avgs;
+  void* const* exp_avg_sqs;
   int32_t param_dtype;
   int32_t step_per_segment; /* 0: steps has one element, 1: one a segment */
   const float* steps;       /* number of this update, from 1 */
@@ -59,6 +59,14 @@ typedef struct {
   const float* clip;      /* the update takes g * clip, the sums see g */
   int32_t zero_grad;
   int32_t maximize;
+
+  /* Both moments: GRGAUGE_F32, or GRGAUGE_BF16 and then rounded stochastically; parameters too, if so wished and if they
+   * are GRGAUGE_BF16. The random bits are a hash of (seed, step, segment, place of the element in its segment), and
+   * `reference.random_bits` in grgauge_kernels/backends defines them. */
+  int32_t moment_dtype;
+  int32_t stochastic_rounding;
+  uint32_t seed;
+  const int64_t* origins; /* [segments], where a segment begins in the flat buffers; null: offsets count from it */
 } grgauge_pass;
 
 /* In every library: the ABI it was built for, and what its codes mean. */

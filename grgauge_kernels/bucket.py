@@ -43,6 +43,7 @@ class Plan:
     complete  True if everything is visited, so that sums need no scale
     flat      True if offsets count from one flat buffer
     stream_sizes  elements of each tensor that a kernel is given: one a segment, or the one flat buffer
+    origins   int64 [segments], where each segment begins in the one flat buffer; None if offsets count from segments
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64], choice: Choice | None = None) -> None:
@@ -62,6 +63,8 @@ class Plan:
         self.complete = self.numel == bucket.numel
         self.rows = torch.from_numpy(rows).to(bucket.device)
         self.checked: dict[str, tuple[Tensor, ...]] = {}  # streams that an op has found in order, for `ops`
+        places = torch.tensor(self.bucket.offsets, dtype=torch.int64)
+        self.origins = places.to(bucket.device) if bucket.flat else None
         self.stream_sizes = [bucket.whole] if bucket.flat else self.bucket.sizes
 
     def packed(self, state: Tensor) -> list[Tensor]:

@@ -10,34 +10,43 @@ For each element of each chunk of a plan, in one pass:
 
 A non-finite element (NaN, infinite or beyond +-1e16 after inv_scale) is counted and left out of sums, `ema` and
 `previous`; the AdamW update treats it as torch does.
+
+Moments in bfloat16, and bfloat16 parameters on request, are rounded stochastically: to one of the two neighbours, with
+probabilities that make the result right on average. A second moment that decays by 0.999 a step loses a quarter of a
+bfloat16 place at most in each, so rounding to nearest would never let go of it. The random bits are a hash of seed,
+step, segment and the element's place in its segment: no generator state, and the same bits for every backend, number
+of threads, order of chunks and run (`backends.reference.random_bits` is the definition).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
-from .backends import cpu, cuda, reference, triton
+from .backends import Update, cpu, cuda, reference, triton
 from .bucket import DTYPES, Plan, require_dense
 
 STATS = ("grad_sq", "ema_sq", "grad_abs", "delta_sq", "delta_abs", "nonfinite")
 """Names of the six columns of the stats tensor: sums of g^2, m^2, |g|, delta^2, |delta|, and the non-finite count."""
 
-STATES = ("exp_avgs", "exp_avg_sqs")
-"""Streams that are float32 whatever the gradients and parameters are."""
+MOMENTS = ("exp_avgs", "exp_avg_sqs")
+"""Streams that are float32 or bfloat16, both alike, whatever the gradients and parameters are."""
 
-FLOAT32, FLOATS = frozenset((torch.float32,)), frozenset(DTYPES)
+MOMENT_DTYPES, FLOATS = frozenset((torch.float32, torch.bfloat16)), frozenset(DTYPES)
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
-PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+PREFERRED_BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 """Device type -> backends in order of preference; every other device runs the reference."""
+
+PREFERRED = PREFERRED_BACKENDS
 
 _dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
 
@@ -52,7 +61,8 @@ _library.define(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor rows, "
     "int segments, Tensor step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
     "float weight_decay, Tensor(e!)? ema, Tensor(f!)? previous, float beta, Tensor? inv_scale, Tensor? found_inf, "
-    "Tensor? clip, bool zero_grad, bool maximize, bool sums, str? backend=None) -> Tensor"
+    "Tensor? clip, bool zero_grad, bool maximize, bool sums, str? backend=None, int seed=0, "
+    "bool stochastic_rounding=False, Tensor? origins=None) -> Tensor"
 )
 
 
@@ -64,7 +74,7 @@ def backends() -> dict[str, bool | str]:
 @functools.cache
 def _backend(name: str | None, device: torch.device) -> ModuleType:
     if name is None:
-        for preferred in PREFERRED.get(device.type, ()):
+        for preferred in PREFERRED_BACKENDS.get(device.type, ()):
             if BACKENDS[preferred].unavailable(device) is None:
                 return BACKENDS[preferred]
         return reference
@@ -84,10 +94,9 @@ def _measure_only(grads, rows, segments, inv_scale, backend=None):  # type: igno
     return _measure(grads, rows, segments, None, None, 0.5, inv_scale, backend)
 
 
-def _adamw(*args, backend=None):  # type: ignore[no-untyped-def]
-    if len(args) == 23:
-        args, backend = args[:22], args[22]
-    return _backend(backend, args[4].device).prepare_adamw_(*args)()
+def _adamw(*args, **kwargs):  # type: ignore[no-untyped-def]
+    update = Update(*args, **kwargs)
+    return _backend(update.backend, update.rows.device).prepare_adamw_(update)()
 
 
 _library.impl("measure_", _measure, "CompositeExplicitAutograd")
@@ -106,9 +115,9 @@ def _(grads, rows, segments, inv_scale, backend=None):  # type: ignore[no-untype
 
 
 @torch.library.register_fake("grgauge::adamw_", lib=_library)
-def _(*args, backend=None):  # type: ignore[no-untyped-def]
-    rows, segments, sums = args[4], args[5], args[21]
-    return rows.new_empty((segments if sums else 0, len(STATS)), dtype=torch.float64)
+def _(*args, **kwargs):  # type: ignore[no-untyped-def]
+    update = Update(*args, **kwargs)
+    return update.rows.new_empty((update.segments if update.sums else 0, len(STATS)), dtype=torch.float64)
 
 
 def measure_(
@@ -151,71 +160,6 @@ def measure_(
         raise torch.OutOfMemoryError(f"measure_: {error}") from error
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    plan: Plan,
-    *,
-    step: Tensor | int,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    ema: Tensor | None = None,
-    previous: Tensor | None = None,
-    beta: float = 0.9,
-    inv_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    clip: Tensor | None = None,
-    zero_grad: bool = False,
-    maximize: bool = False,
-    sums: bool = True,
-    backend: str | None = None,
-) -> Tensor:
-    """torch's AdamW update of every visited element, and the sums of `measure_` in the same pass.
-
-    params, grads            float32, bfloat16 or float16; a dtype each. One tensor a segment, or one flat buffer
-    exp_avgs, exp_avg_sqs    float32, updated in place
-    step                     number of this update, from 1: an int, or float32 [] or [segments] on the device
-    lr                       a number, or a tensor of one element on the device
-    betas, eps, weight_decay as in torch.optim.AdamW
-    ema, previous, beta      as in `measure_`. Without `ema` the second sum is over exp_avg^2: with betas[0] = beta and
-                             no clipping, exp_avg is the gauge's own m
-    inv_scale                g = grad * inv_scale, seen by the sums and by the update
-    found_inf                one float32 element on the device; not 0: nothing is changed and the sums are NaN
-    clip                     one float32 element on the device: the update takes g * clip, the sums see g
-    zero_grad                write zeros to the gradient behind the update
-    maximize                 ascend instead of descend
-    sums                     False: no sums, returns an empty tensor
-
-    Returns float64 [segments, 6] as `measure_` does. Raises like `measure_`, before anything is changed.
-    """
-    return prepare_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        plan,
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        ema=ema,
-        previous=previous,
-        beta=beta,
-        inv_scale=inv_scale,
-        found_inf=found_inf,
-        clip=clip,
-        zero_grad=zero_grad,
-        maximize=maximize,
-        sums=sums,
-        backend=backend,
-    )()
-
-
 def prepare_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -237,12 +181,14 @@ def prepare_adamw_(
     zero_grad: bool = False,
     maximize: bool = False,
     sums: bool = True,
+    seed: int = 0,
+    stochastic_rounding: bool = False,
     backend: str | None = None,
 ) -> Callable[[], Tensor]:
     """`adamw_` up to the point where something changes: checks all, takes the memory, returns the call for the rest.
 
     For a step over several buckets, which must not stop halfway for what the last one lacks. Between the two, `step`
-    may still count on.
+    may still count on. Arguments are those of `adamw_`.
     """
     _check_streams(plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _check_states(plan, ema, previous, beta)
@@ -256,9 +202,8 @@ def prepare_adamw_(
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"betas is {betas}; both must lie in [0, 1)")
     if not isinstance(step, Tensor):
-        step = torch.full(
-            (), float(step), dtype=torch.float32, device=plan.rows.device
-        )  # a fill, where a copy would wait for the device
+        # a fill, where a copy would wait for the device
+        step = torch.full((), float(step), dtype=torch.float32, device=plan.rows.device)
     elif torch.compiler.is_compiling():
         pass  # a tracer knows sizes by symbols, and cannot name them in a message
     elif step.dtype != torch.float32 or step.numel() not in (1, plan.segments) or step.device != plan.rows.device:
@@ -266,7 +211,18 @@ def prepare_adamw_(
             f"step is {step.dtype} {tuple(step.shape)} on {step.device}; it must be an int, or float32 [] or "
             f"[{plan.segments}] on {plan.rows.device}"
         )
-    args = (
+    moment = exp_avgs[0].dtype
+    if exp_avg_sqs[0].dtype != moment:
+        raise TypeError(
+            f"exp_avg_sqs has dtype {_names([exp_avg_sqs[0].dtype])}; it must be exp_avgs' {_names([moment])}"
+        )
+    if not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise ValueError(f"seed is {seed!r}; it must be an int in [0, 2**32)")
+    if stochastic_rounding and params[0].dtype != torch.bfloat16:
+        raise TypeError(
+            f"params has dtype {_names([params[0].dtype])}; with stochastic_rounding=True it must be bfloat16"
+        )
+    update = Update(
         params,
         grads,
         exp_avgs,
@@ -274,7 +230,7 @@ def prepare_adamw_(
         plan.rows,
         plan.segments,
         step,
-        0.0 if lr_tensor is not None else lr,
+        0.0 if lr_tensor is not None else lr,  # type: ignore[arg-type]
         lr_tensor,
         beta1,
         beta2,
@@ -289,31 +245,81 @@ def prepare_adamw_(
         zero_grad,
         maximize,
         sums,
+        backend,
+        seed,
+        stochastic_rounding,
+        plan.origins if stochastic_rounding or moment == torch.bfloat16 else None,
     )
     if _traced():
-        return functools.partial(_dispatched, args, backend)
+        return functools.partial(_dispatched, update)
     try:
-        update = _backend(backend, plan.rows.device).prepare_adamw_(*args)
+        run = _backend(backend, plan.rows.device).prepare_adamw_(update)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"adamw_: {error}") from error
-    return functools.partial(_update, update, args)
+    return functools.partial(_run, run, update)
 
 
 @torch.no_grad()
-def _dispatched(args: tuple[Any, ...], backend: str | None) -> Tensor:
-    stats: Tensor = torch.ops.grgauge.adamw_.default(*args, backend)
+def _dispatched(update: Update) -> Tensor:
+    stats: Tensor = torch.ops.grgauge.adamw_.default(*update)
     return stats
 
 
-def _update(update: Callable[[], Tensor], args: tuple[Any, ...]) -> Tensor:
-    """`args` are held until here: kernels are given addresses only."""
+def _run(run: Callable[[], Tensor], update: Update) -> Tensor:
+    """`update` is held until here: kernels are given addresses only."""
     try:
-        stats = update()
+        stats = run()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"adamw_: {error}") from error
     # What the dispatcher would have done: a backward through a graph that saved an old value must fail, not go wrong.
-    torch.autograd.graph.increment_version(args[0])
+    torch.autograd.graph.increment_version(update.params)
     return stats
+
+
+_P = ParamSpec("_P")
+
+
+def _at_once(prepare: Callable[_P, Callable[[], Tensor]]) -> Callable[_P, Tensor]:
+    """`prepare` and the call that it returns, in one; with the same arguments, which are then listed only there."""
+
+    def adamw_(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        return prepare(*args, **kwargs)()
+
+    signature = inspect.signature(prepare).replace(return_annotation="Tensor")
+    adamw_.__signature__ = signature  # type: ignore[attr-defined]
+    adamw_.__module__ = prepare.__module__
+    return adamw_
+
+
+adamw_ = _at_once(prepare_adamw_)
+adamw_.__doc__ = """torch's AdamW update of every visited element, and the sums of `measure_` in the same pass.
+
+params, grads            float32, bfloat16 or float16; a dtype each. One tensor a segment, or one flat buffer
+exp_avgs, exp_avg_sqs    float32 or bfloat16, both alike, updated in place. In bfloat16 they are computed in float32 and
+                         rounded stochastically; the parameter's update takes them as they were before rounding
+step                     number of this update, from 1: an int, or float32 [] or [segments] on the device
+lr                       a number, or a tensor of one element on the device
+betas, eps, weight_decay as in torch.optim.AdamW
+ema, previous, beta      as in `measure_`. Without `ema` the second sum is over exp_avg^2: with betas[0] = beta and
+                         no clipping, exp_avg is the gauge's own m
+inv_scale                g = grad * inv_scale, seen by the sums and by the update
+found_inf                one float32 element on the device; not 0: nothing is changed and the sums are NaN
+clip                     one float32 element on the device: the update takes g * clip, the sums see g
+zero_grad                write zeros to the gradient after the update
+maximize                 ascend instead of descend
+sums                     False: no sums, returns an empty tensor
+seed                     an int in [0, 2**32): which random bits stochastic rounding takes. Buckets of one optimizer
+                         should have different ones, all ranks that hold the same parameters the same
+stochastic_rounding      round bfloat16 parameters stochastically instead of to nearest, so that updates below half a
+                         place are not lost. Refused for parameters of other dtypes
+
+With bfloat16 moments the second sum is over exp_avg as computed in this step, before it is rounded. What it still
+carries is the noise of earlier roundings: one adds r m^2 to the expected square of an element, where r is at most 2^-16
+and 5.5e-6 on average, so the sum is too large by r beta1^2 / (1 - beta1^2) of itself: at most 6.5e-5, 2.3e-5 on
+average with beta1 = 0.9. (Over the rounded values it would be r / (1 - beta1^2).)
+
+Returns float64 [segments, 6] as `measure_` does. Raises like `measure_`, before anything is changed.
+"""
 
 
 def _traced() -> bool:
@@ -331,9 +337,9 @@ def _check_streams(plan: Plan, **streams: Sequence[Tensor]) -> None:
     for name, tensors in streams.items():
         if plan.checked.get(name) is tensors:
             continue
-        if not _as_usual(plan, tensors, FLOAT32 if name in STATES else FLOATS):
+        if not _as_usual(plan, tensors, MOMENT_DTYPES if name in MOMENTS else FLOATS):
             return _explain_all(plan, streams)
-        if name in STATES and type(tensors) is tuple:  # nobody but its owner's kernel touches a moment
+        if name in MOMENTS and type(tensors) is tuple:  # nobody but its owner's kernel touches a moment
             plan.checked[name] = tensors
 
 
@@ -363,7 +369,7 @@ def _explain(plan: Plan, name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} must be the one flat buffer of {bucket.extent} elements that the plan is for")
     elif len(tensors) != plan.segments:
         raise ValueError(f"{name} has {len(tensors)} tensors, the plan {plan.segments} segments")
-    allowed = FLOAT32 if name in STATES else FLOATS
+    allowed = MOMENT_DTYPES if name in MOMENTS else FLOATS
     for i, t in enumerate(tensors):
         if not plan.flat and t.numel() != bucket.sizes[i]:
             raise ValueError(f"{name}[{i}] has {t.numel()} elements, segment {i} has {bucket.sizes[i]}")

@@ -6,6 +6,20 @@
 namespace grgauge {
 namespace {
 
+struct U {
+  __m256i x = _mm256_setzero_si256();
+
+  static U all(uint32_t value) { return {_mm256_set1_epi32(int(value))}; }
+  static U from(uint32_t first) { /* first, first + 1, ... */
+    return {_mm256_add_epi32(all(first).x, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
+  }
+};
+
+U operator^(U a, U b) { return {_mm256_xor_si256(a.x, b.x)}; }
+U operator&(U a, U b) { return {_mm256_and_si256(a.x, b.x)}; }
+U operator*(U a, U b) { return {_mm256_mullo_epi32(a.x, b.x)}; }
+U operator>>(U a, int n) { return {_mm256_srli_epi32(a.x, n)}; }
+
 struct F {
   static constexpr int W = 8;
   __m256 x = _mm256_setzero_ps();
@@ -27,7 +41,15 @@ struct F {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    store_top(p, _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan));
+  }
+  void store(sbf16* p, U random) const { /* `random`: 16 bits an element, less than 2^16 */
+    const __m256i largest = _mm256_set1_epi32(kLargestBf16), size = _mm256_castps_si256(abs(*this).x);
+    const __m256i added = _mm256_andnot_si256(_mm256_cmpgt_epi32(size, largest), random.x);
+    store_top(p, _mm256_add_epi32(_mm256_castps_si256(x), added));
+  }
+  static void store_top(bf16* p, __m256i bits) {
+    const __m256i top = _mm256_srli_epi32(bits, 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }

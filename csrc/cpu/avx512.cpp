@@ -6,6 +6,20 @@
 namespace grgauge {
 namespace {
 
+struct U {
+  __m512i x = _mm512_setzero_si512();
+
+  static U all(uint32_t value) { return {_mm512_set1_epi32(int(value))}; }
+  static U from(uint32_t first) { /* first, first + 1, ... */
+    return {_mm512_add_epi32(all(first).x, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))};
+  }
+};
+
+U operator^(U a, U b) { return {_mm512_xor_si512(a.x, b.x)}; }
+U operator&(U a, U b) { return {_mm512_and_si512(a.x, b.x)}; }
+U operator*(U a, U b) { return {_mm512_mullo_epi32(a.x, b.x)}; }
+U operator>>(U a, int n) { return {_mm512_srli_epi32(a.x, unsigned(n))}; }
+
 struct F {
   static constexpr int W = 16;
   __m512 x = _mm512_setzero_ps();
@@ -28,6 +42,12 @@ struct F {
     __m512i top = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     top = _mm512_mask_set1_epi32(top, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), 0x7fc00000);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(top, 16)));
+  }
+  void store(sbf16* p, U random) const { /* `random`: 16 bits an element, less than 2^16 */
+    const __m512i bits = _mm512_castps_si512(x), size = _mm512_castps_si512(abs(*this).x);
+    const __mmask16 inside = _mm512_cmple_epi32_mask(size, _mm512_set1_epi32(kLargestBf16));
+    const __m512i top = _mm512_srli_epi32(_mm512_mask_add_epi32(bits, inside, bits, random.x), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
   }
   static F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
   /* The instruction would keep the divider busy that the update's division needs. An estimate of 1/sqrt(a), good to

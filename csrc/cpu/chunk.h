@@ -1,6 +1,6 @@
 /* The loop: everything the library computes for one chunk, written once and compiled for each instruction set.
  *
- * The including file defines a vector `F` of F::W floats and a vector `D` of as many doubles (see portable.cpp).
+ * The including file defines a vector `F` of F::W floats, and of as many doubles `D` and 32-bit words `U` (portable.cpp).
  * All multiply-adds are spelled out: with or without sums, an element's update goes through the same operations and
  * ends in the same bits.
  */
@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "pass.h"
 
@@ -42,12 +43,56 @@ struct Scalars {
   }
 };
 
-template <class G, class P>
+/* The random bits of stochastic rounding: two words that depend on (seed, step, segment), and a hash of an element's
+ * place with them. grgauge_kernels/backends/reference.py says it once more and why it is two rounds. */
+constexpr uint32_t kFactor1 = 0x7feb352d, kFactor2 = 0x846ca68b, kGolden = 0x9e3779b1;
+
+struct Key {
+  uint32_t first, second;
+
+  static uint32_t mix(uint32_t x) {
+    x = (x ^ x >> 16) * kFactor1;
+    x = (x ^ x >> 15) * kFactor2;
+    return x ^ x >> 16;
+  }
+  Key(const grgauge_pass& pass, const grgauge_row& row) {
+    first = mix(mix(mix(pass.seed) ^ uint32_t(step_of(pass, row.segment))) ^ uint32_t(row.segment));
+    second = mix(first ^ kGolden);
+    first += uint32_t(row.offset - (pass.origins ? pass.origins[row.segment] : 0)); /* of the chunk's first element */
+  }
+  Key(const Key& chunk, int64_t i) : first(chunk.first + uint32_t(i)), second(chunk.second) {}
+
+  U draw(int64_t i) const {
+    U x = U::from(first + uint32_t(i));
+    x = (x ^ x >> 16) * U::all(kFactor1);
+    x = (x ^ x >> 15 ^ U::all(second)) * U::all(kFactor2);
+    return x ^ x >> 16;
+  }
+};
+
+struct NoKey {
+  NoKey(const grgauge_pass&, const grgauge_row&) {}
+  NoKey(const NoKey&, int64_t) {}
+};
+
+/* P and M are what parameters and moments are stored as; sbf16 takes random bits. */
+template <class P, class M>
+using Bits = std::conditional_t<std::is_same_v<P, sbf16> || std::is_same_v<M, sbf16>, Key, NoKey>;
+
+template <class G, class P, class M>
 struct Streams {
   G* grad;
   P* param;
-  float *m, *v, *ema, *previous;
+  M *m, *v;
+  float *ema, *previous;
+  Bits<P, M> bits;
 };
+
+template <class T>
+void store(F x, T* p, U) {
+  x.store(p);
+}
+void store(F x, sbf16* p, U random) { x.store(p, random); }
 
 /* Sums of a few vectors in float, moved into double before seven additions' rounding could add up to 1e-6: a conversion
  * of every vector would cost more than the sums themselves. */
@@ -93,8 +138,8 @@ struct Kind {
   static constexpr bool adamw = adamw_, sums = sums_, states = states_, scaled = scaled_, masked = masked_;
 };
 
-template <class K, class G, class P>
-void prefetch(const Streams<G, P>& s, int64_t i) {
+template <class K, class G, class P, class M>
+void prefetch(const Streams<G, P, M>& s, int64_t i) {
   prefetch(s.grad, i);
   if (K::adamw) prefetch(s.param, i), prefetch(s.m, i), prefetch(s.v, i);
   if (K::states && s.ema) prefetch(s.ema, i);
@@ -102,8 +147,8 @@ void prefetch(const Streams<G, P>& s, int64_t i) {
 }
 
 /* The elements from i on that fill one vector. */
-template <class K, class G, class P>
-inline __attribute__((always_inline)) void visit(const Streams<G, P>& s, int64_t i, const Scalars& a, Sums& sum) {
+template <class K, class G, class P, class M>
+inline __attribute__((always_inline)) void visit(const Streams<G, P, M>& s, int64_t i, const Scalars& a, Sums& sum) {
   const F largest = F::all(kLargest);
   const F g = K::scaled ? F::load(s.grad + i) * a.inv_scale : F::load(s.grad + i);
   const auto finite = F::abs(g) <= largest;
@@ -131,9 +176,16 @@ inline __attribute__((always_inline)) void visit(const Streams<G, P>& s, int64_t
     const F exp_avg_sq = F::fma(a.beta2, F::load(s.v + i), a.weight2 * update * update);
     const F denominator = F::fma(F::sqrt(exp_avg_sq), a.root2, a.eps);
     const F param = F::fma(a.step_size, exp_avg / denominator, F::load(s.param + i) * a.decay);
-    param.store(s.param + i);
-    exp_avg.store(s.m + i);
-    exp_avg_sq.store(s.v + i);
+    if constexpr (std::is_same_v<Bits<P, M>, NoKey>) {
+      param.store(s.param + i);
+      exp_avg.store(s.m + i);
+      exp_avg_sq.store(s.v + i);
+    } else {
+      const U random = s.bits.draw(i);
+      store(param, s.param + i, random * U::all(kGolden) >> 16);
+      store(exp_avg, s.m + i, random >> 16);
+      store(exp_avg_sq, s.v + i, random & U::all(0xffff));
+    }
     if (K::masked && a.zero_grad) F::all(0.0f).store(s.grad + i);
     if (!(K::states && s.ema)) m = K::masked ? F::select(F::abs(exp_avg) <= largest, exp_avg) : exp_avg;
   }
@@ -146,8 +198,8 @@ inline __attribute__((always_inline)) void visit(const Streams<G, P>& s, int64_t
 }
 
 /* The sums of [i, end) once more, after an update that found something in there to leave out. */
-template <class K, class G, class P>
-Sums recount(const Streams<G, P>& s, int64_t i, int64_t end, const Scalars& a) {
+template <class K, class G, class P, class M>
+Sums recount(const Streams<G, P, M>& s, int64_t i, int64_t end, const Scalars& a) {
   const F largest = F::all(kLargest);
   Sums sum;
   for (; i < end; i += F::W) {
@@ -171,12 +223,13 @@ void copy(T* to, const T* from, int64_t n) {
 }
 
 /* The last, partial vector of a chunk: moved through a zero-padded copy, so its elements see the same operations. */
-template <class K, class G, class P>
-void visit_tail(const Streams<G, P>& s, int64_t i, int64_t n, const Scalars& a, Sums& sum) {
+template <class K, class G, class P, class M>
+void visit_tail(const Streams<G, P, M>& s, int64_t i, int64_t n, const Scalars& a, Sums& sum) {
   G grad[F::W] = {};
   P param[F::W] = {};
-  float m[F::W] = {}, v[F::W] = {}, ema[F::W] = {}, previous[F::W] = {};
-  const Streams<G, P> padded{grad, param, m, v, s.ema ? ema : nullptr, s.previous ? previous : nullptr};
+  M m[F::W] = {}, v[F::W] = {};
+  float ema[F::W] = {}, previous[F::W] = {};
+  const Streams<G, P, M> padded{grad, param, m, v, s.ema ? ema : nullptr, s.previous ? previous : nullptr, {s.bits, i}};
   copy(grad, s.grad + i, n);
   if (K::adamw) copy(param, s.param + i, n), copy(m, s.m + i, n), copy(v, s.v + i, n);
   if (s.ema) copy(ema, s.ema + i, n);
@@ -194,8 +247,8 @@ T* at(void* const* base, int64_t i, int64_t offset) {
 }
 
 /* One chunk's whole vectors. */
-template <class K, class G, class P>
-void visit_vectors(const Streams<G, P>& s, int64_t whole, const Scalars& a, Totals& total) {
+template <class K, class G, class P, class M>
+void visit_vectors(const Streams<G, P, M>& s, int64_t whole, const Scalars& a, Totals& total) {
   for (int64_t i = 0; i < whole;) {
     const int64_t begin = i, end = std::min(whole, i + kVectors * F::W);
     Sums sum;
@@ -209,7 +262,7 @@ void visit_vectors(const Streams<G, P>& s, int64_t whole, const Scalars& a, Tota
 }
 
 /* Chunks [first, last) of the plan; the sums of chunk i go to partials[i * GRGAUGE_SUMS]. */
-template <class K, class G, class P>
+template <class K, class G, class P, class M>
 void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double* partials) {
   using Masked = Kind<K::adamw, K::sums, K::states, K::scaled, true>;
   Scalars scalars(pass, K::adamw && first < last ? step_of(pass, pass.rows[first].segment) : 1.0);
@@ -218,12 +271,13 @@ void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double*
     const grgauge_row row = pass.rows[c];
     const int64_t base = pass.flat ? 0 : row.segment;
     if (K::adamw && step_of(pass, row.segment) != scalars.step) scalars = Scalars(pass, step_of(pass, row.segment));
-    const Streams<G, P> s{at<G>(pass.grads, base, row.offset),
-                          at<P>(pass.params, base, row.offset),
-                          at<float>(pass.exp_avgs, base, row.offset),
-                          at<float>(pass.exp_avg_sqs, base, row.offset),
-                          pass.ema ? pass.ema + row.state : nullptr,
-                          pass.previous ? pass.previous + row.state : nullptr};
+    const Streams<G, P, M> s{at<G>(pass.grads, base, row.offset),
+                             at<P>(pass.params, base, row.offset),
+                             at<M>(pass.exp_avgs, base, row.offset),
+                             at<M>(pass.exp_avg_sqs, base, row.offset),
+                             pass.ema ? pass.ema + row.state : nullptr,
+                             pass.previous ? pass.previous + row.state : nullptr,
+                             {pass, row}};
     Totals total;
     const int64_t whole = row.length / F::W * F::W;
     visit_vectors<K>(s, whole, scalars, total);
@@ -246,13 +300,13 @@ void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double*
 
 template <class G, class P, bool adamw, bool scaled>
 visit_function choose_sums(const grgauge_pass& pass) {
-  if (pass.ema || pass.previous) return visit_chunks<Kind<adamw, true, true, scaled, true>, G, P>;
+  if (pass.ema || pass.previous) return visit_chunks<Kind<adamw, true, true, scaled, true>, G, P, float>;
   const bool sums = !adamw || pass.stats;
   if (pass.zero_grad && adamw) /* the gradient is gone when somebody would like to look again */
-    return sums ? visit_chunks<Kind<adamw, true, false, scaled, true>, G, P>
-                : visit_chunks<Kind<adamw, false, false, scaled, true>, G, P>;
-  return sums ? visit_chunks<Kind<adamw, true, false, scaled, false>, G, P>
-              : visit_chunks<Kind<adamw, false, false, scaled, false>, G, P>;
+    return sums ? visit_chunks<Kind<adamw, true, false, scaled, true>, G, P, float>
+                : visit_chunks<Kind<adamw, false, false, scaled, true>, G, P, float>;
+  return sums ? visit_chunks<Kind<adamw, true, false, scaled, false>, G, P, float>
+              : visit_chunks<Kind<adamw, false, false, scaled, false>, G, P, float>;
 }
 
 template <class G, class P, bool adamw>
@@ -261,13 +315,27 @@ visit_function choose_scaled(const grgauge_pass& pass) {
   return scaled ? choose_sums<G, P, adamw, true>(pass) : choose_sums<G, P, adamw, false>(pass);
 }
 
+/* With stochastic rounding, half as many: a multiplication by 1 changes nothing, and sums are of moments as they were
+ * before rounding, which nobody can look for afterwards. */
+template <class G, class P, class M>
+visit_function choose_rounding(const grgauge_pass& pass) {
+  if (pass.ema || pass.previous) return visit_chunks<Kind<true, true, true, true, true>, G, P, M>;
+  return pass.stats ? visit_chunks<Kind<true, true, false, true, true>, G, P, M>
+                    : visit_chunks<Kind<true, false, false, true, true>, G, P, M>;
+}
+
 template <class G>
 visit_function choose_param(const grgauge_pass& pass) {
   if (!pass.params) return choose_scaled<G, float, false>(pass);
+  const bool small = pass.moment_dtype == GRGAUGE_BF16;
+  if (!small && pass.moment_dtype != GRGAUGE_F32) return nullptr;
   switch (pass.param_dtype) {
-    case GRGAUGE_F32: return choose_scaled<G, float, true>(pass);
-    case GRGAUGE_BF16: return choose_scaled<G, bf16, true>(pass);
-    case GRGAUGE_F16: return choose_scaled<G, f16, true>(pass);
+    case GRGAUGE_F32: return small ? choose_rounding<G, float, sbf16>(pass) : choose_scaled<G, float, true>(pass);
+    case GRGAUGE_BF16:
+      if (pass.stochastic_rounding)
+        return small ? choose_rounding<G, sbf16, sbf16>(pass) : choose_rounding<G, sbf16, float>(pass);
+      return small ? choose_rounding<G, bf16, sbf16>(pass) : choose_scaled<G, bf16, true>(pass);
+    case GRGAUGE_F16: return small ? choose_rounding<G, f16, sbf16>(pass) : choose_scaled<G, f16, true>(pass);
   }
   return nullptr;
 }

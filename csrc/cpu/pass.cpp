@@ -79,7 +79,7 @@ int grgauge_abi(void) { return GRGAUGE_ABI; }
 const char* grgauge_error(int code) {
   switch (code) {
     case GRGAUGE_OK: return "no error";
-    case GRGAUGE_BAD_DTYPE: return "gradients and parameters must be float32, bfloat16 or float16";
+    case GRGAUGE_BAD_DTYPE: return "gradients and parameters must be float32, bfloat16 or float16, moments float32 or bfloat16";
     case GRGAUGE_OUT_OF_MEMORY: return "out of memory for the chunks' partial sums";
   }
   return "unknown error";

@@ -11,6 +11,12 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+/* What is stored as bfloat16 with stochastic rounding. */
+struct sbf16 : bf16 {};
+
+/* A number beyond the largest bfloat16 is cut off instead of rounded stochastically: between that and infinity there is
+ * no mean to keep. So is NaN, which stays one, for whatever arithmetic has made is a quiet one: a top bit says so. */
+constexpr int kLargestBf16 = 0x7f7f0000;
 
 /* Visits chunks [first, last) of a plan, writing one row of partial sums a chunk. */
 using visit_function = void (*)(const grgauge_pass& pass, int64_t first, int64_t last, double* partials);

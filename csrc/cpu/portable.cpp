@@ -36,6 +36,11 @@ void narrow(float value, bf16* p) {
   const uint32_t bits = to_bits(value);
   p->bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+/* `random`: 16 bits. */
+void narrow(float value, sbf16* p, uint32_t random) {
+  const uint32_t bits = to_bits(value);
+  p->bits = uint16_t((bits + (int(bits & 0x7fffffff) <= kLargestBf16 ? random : 0)) >> 16);
+}
 void narrow(float value, f16* p) {
   const uint32_t sign = to_bits(value) >> 16 & 0x8000, bits = to_bits(value) & 0x7fffffff;
   uint32_t half;
@@ -55,6 +60,36 @@ void narrow(float value, f16* p) {
 struct Mask {
   bool lane[8];
 };
+
+struct U {
+  uint32_t x[8] = {};
+
+  template <class Element>
+  static U make(Element element) {
+    U out;
+    for (int i = 0; i < 8; ++i) out.x[i] = element(i);
+    return out;
+  }
+  static U all(uint32_t value) {
+    return make([=](int) { return value; });
+  }
+  static U from(uint32_t first) { /* first, first + 1, ... */
+    return make([=](int i) { return first + uint32_t(i); });
+  }
+};
+
+U operator^(const U& a, const U& b) {
+  return U::make([&](int i) { return a.x[i] ^ b.x[i]; });
+}
+U operator&(const U& a, const U& b) {
+  return U::make([&](int i) { return a.x[i] & b.x[i]; });
+}
+U operator*(const U& a, const U& b) {
+  return U::make([&](int i) { return a.x[i] * b.x[i]; });
+}
+U operator>>(const U& a, int n) {
+  return U::make([&](int i) { return a.x[i] >> n; });
+}
 
 struct F {
   static constexpr int W = 8;
@@ -76,6 +111,9 @@ struct F {
   template <class T>
   void store(T* p) const {
     for (int i = 0; i < W; ++i) narrow(x[i], p + i);
+  }
+  void store(sbf16* p, const U& random) const {
+    for (int i = 0; i < W; ++i) narrow(x[i], p + i, random.x[i]);
   }
   static F fma(const F& a, const F& b, const F& c) { /* two roundings: a fused one is slow where it is no instruction */
     return make([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });

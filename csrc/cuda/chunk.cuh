@@ -5,6 +5,8 @@
  */
 #pragma once
 
+#include <type_traits>
+
 #include "pass.cuh"
 #include "storage.cuh"
 
@@ -36,11 +38,58 @@ struct Scalars {
   }
 };
 
-template <class G, class P>
+/* The random bits of stochastic rounding, as in csrc/cpu/chunk.h: two words for a chunk, and a hash of an element's
+ * place with them. */
+constexpr uint32_t kFactor1 = 0x7feb352d, kFactor2 = 0x846ca68b, kGolden = 0x9e3779b1;
+
+struct Key {
+  uint32_t first, second;
+
+  __device__ static uint32_t mix(uint32_t x) {
+    x = (x ^ x >> 16) * kFactor1;
+    x = (x ^ x >> 15) * kFactor2;
+    return x ^ x >> 16;
+  }
+  __device__ void of(const grgauge_pass& pass, const grgauge_row& row) {
+    const float step = pass.steps[pass.step_per_segment ? row.segment : 0];
+    first = mix(mix(mix(pass.seed) ^ uint32_t(step)) ^ uint32_t(row.segment));
+    second = mix(first ^ kGolden);
+    first += uint32_t(row.offset - (pass.origins ? pass.origins[row.segment] : 0)); /* of the chunk's first element */
+  }
+  __device__ uint32_t draw(uint32_t i) const {
+    uint32_t x = first + i;
+    x = (x ^ x >> 16) * kFactor1;
+    x = (x ^ x >> 15 ^ second) * kFactor2;
+    return x ^ x >> 16;
+  }
+};
+
+/* Which 16 of an element's 32 random bits a stream takes; the parameter's are the top of their product. */
+template <int W>
+struct OfParam {
+  const uint32_t (&x)[W];
+  __device__ uint32_t operator[](int k) const { return x[k] * kGolden >> 16; }
+};
+template <int W>
+struct OfM {
+  const uint32_t (&x)[W];
+  __device__ uint32_t operator[](int k) const { return x[k] >> 16; }
+};
+template <int W>
+struct OfV {
+  const uint32_t (&x)[W];
+  __device__ uint32_t operator[](int k) const { return x[k] & 0xffff; }
+};
+
+/* P and M are what parameters and moments are stored as. */
+template <class P, class M>
+constexpr bool draws = std::is_same<P, sbf16>::value || std::is_same<M, sbf16>::value;
+
+template <class G, class P, class M>
 struct Streams {
   G* grad;
   P* param;
-  float *m, *v;
+  M *m, *v;
   int64_t state; /* of ema and previous, whose addresses need no registers of their own: they stand in the task */
 
   __device__ void advance(int n) { grad += n, param += n, m += n, v += n, state += n; } /* or not given, not followed */
@@ -99,11 +148,11 @@ struct Sums {
   }
 };
 
-/* W elements of a thread. All that AdamW reads is asked for before anything is waited for; ema and previous are not,
+/* W elements of a thread, the first one the chunk's i-th. All that AdamW reads is asked for before anything is waited for; ema and previous are not,
  * since that costs ten registers and with them the chunks that run meanwhile. */
-template <class G, class P, bool adamw, bool states, int W, class Access>
-__device__ __forceinline__ void visit(const Streams<G, P>& s, Access access, const Task& task, const Scalars& a,
-                                      Sums& sum) {
+template <class G, class P, class M, bool adamw, bool states, int W, class Access>
+__device__ __forceinline__ void visit(const Streams<G, P, M>& s, int i, Access access, const Task& task,
+                                      const Scalars& a, const Key& key, Sums& sum) {
   float g[W], clean[W], param[W], exp_avg[W], exp_avg_sq[W];
   bool finite[W];
   access.load(s.grad, g);
@@ -153,9 +202,18 @@ __device__ __forceinline__ void visit(const Streams<G, P>& s, Access access, con
       const float denominator = fmaf(sqrtf(exp_avg_sq[k]), a.root2, task.eps);
       param[k] = fmaf(a.step_size, exp_avg[k] / denominator, param[k] * a.decay);
     }
-    access.store(s.param, param);
-    access.store(s.m, exp_avg);
-    access.store(s.v, exp_avg_sq);
+    if constexpr (draws<P, M>) {
+      uint32_t random[W];
+#pragma unroll
+      for (int k = 0; k < W; ++k) random[k] = key.draw(uint32_t(i) + k * Access::apart);
+      access.store(s.param, param, OfParam<W>{random});
+      access.store(s.m, exp_avg, OfM<W>{random});
+      access.store(s.v, exp_avg_sq, OfV<W>{random});
+    } else {
+      access.store(s.param, param);
+      access.store(s.m, exp_avg);
+      access.store(s.v, exp_avg_sq);
+    }
     if (task.pass.zero_grad) {
       const float zeros[W] = {};
       access.store(s.grad, zeros);
@@ -176,22 +234,22 @@ __device__ T* at(void* const* table, const grgauge_pass& pass, const grgauge_row
   return static_cast<T*>(__cvta_global_to_generic(base)) + row.offset;
 }
 
-template <class G, class P, bool adamw>
-__device__ Streams<G, P> streams(const grgauge_pass& pass, const grgauge_row& row) {
+template <class G, class P, class M, bool adamw>
+__device__ Streams<G, P, M> streams(const grgauge_pass& pass, const grgauge_row& row) {
   G* const grad = at<G>(pass.grads, pass, row);
   if constexpr (!adamw) return {grad, nullptr, nullptr, nullptr, row.state};
-  return {grad, at<P>(pass.params, pass, row), at<float>(pass.exp_avgs, pass, row),
-          at<float>(pass.exp_avg_sqs, pass, row), row.state};
+  return {grad, at<P>(pass.params, pass, row), at<M>(pass.exp_avgs, pass, row),
+          at<M>(pass.exp_avg_sqs, pass, row), row.state};
 }
 
 /* A block, a chunk; 64 registers a thread at most, so that eight chunks fit a multiprocessor. */
-template <class G, class P, bool adamw, bool states, int W>
+template <class G, class P, class M, bool adamw, bool states, int W>
 __global__ void __launch_bounds__(kThreads, 8) visit_chunk(const __grid_constant__ Task task) {
   const grgauge_pass& pass = task.pass;
   const grgauge_row row = pass.rows[blockIdx.x];
   if (adamw && pass.found_inf && *pass.found_inf != 0.0f) return;
 
-  auto s = streams<G, P, adamw>(pass, row);
+  auto s = streams<G, P, M, adamw>(pass, row);
   const bool together = aligned<W>(s.grad) && aligned<W>(s.param) && aligned<W>(s.m) && aligned<W>(s.v) &&
                         (!pass.ema || aligned<W>(s.ema(task))) && (!pass.previous || aligned<W>(s.previous(task)));
   const int length = int(row.length), whole = together ? length / W * W : 0;
@@ -199,48 +257,65 @@ __global__ void __launch_bounds__(kThreads, 8) visit_chunk(const __grid_constant
   s.advance(first);
 
   __shared__ Scalars scalars;
+  __shared__ Key bits;
   if (threadIdx.x == 0) {
     scalars.measure(pass);
     if (adamw) scalars.adamw(task, row.segment);
+    if (draws<P, M>) bits.of(pass, row);
   }
   __syncthreads();
   const Scalars a = scalars;
+  const Key key = draws<P, M> ? bits : Key{};
 
   Sums sum;
 #pragma unroll 1
   for (int i = first; i < whole; i += kThreads * W, s.advance(kThreads * W))
-    visit<G, P, adamw, states, W>(s, Neighbours{}, task, a, sum);
+    visit<G, P, M, adamw, states, W>(s, i, Neighbours{}, task, a, key, sum);
 
   /* What is left of the chunk, or all of it if it is not aligned. The places are looked up again: to keep them would
    * cost registers in the loop above. */
-  s = streams<G, P, adamw>(pass, row);
+  s = streams<G, P, M, adamw>(pass, row);
   s.advance(whole + threadIdx.x);
 #pragma unroll 1
   for (int i = whole + threadIdx.x; i < length; i += kThreads * W, s.advance(kThreads * W))
-    visit<G, P, adamw, states, W>(s, Scattered{length - i}, task, a, sum);
+    visit<G, P, M, adamw, states, W>(s, i, Scattered{length - i}, task, a, key, sum);
   if (task.partials) sum.store(task.partials + blockIdx.x, pass.chunks);
 }
 
-template <class G, class P, bool adamw, bool states, int W>
+template <class G, class P, class M, bool adamw, bool states, int W>
 cudaError_t launch(const Task& task, cudaStream_t stream) {
   if (task.pass.chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  visit_chunk<G, P, adamw, states, W><<<unsigned(task.pass.chunks), kThreads, 0, stream>>>(task);
+  visit_chunk<G, P, M, adamw, states, W><<<unsigned(task.pass.chunks), kThreads, 0, stream>>>(task);
   return cudaGetLastError();
 }
 
 /* 16 bytes an access. Two-byte streams beside float ones move 8: a warp's accesses then lie side by side in every
  * stream, where 16 would leave gaps of 16 bytes between those to the float ones. */
+template <class G, class P, class M>
+cudaError_t launch_adamw(const Task& task, cudaStream_t stream) {
+  if constexpr (sizeof(G) == 2 && sizeof(P) == 2 && sizeof(M) == 2)
+    if (!task.pass.ema && !task.pass.previous) return launch<G, P, M, true, false, 8>(task, stream);
+  return launch<G, P, M, true, true, 4>(task, stream);
+}
+
+template <class G, class P>
+cudaError_t launch_moments(const Task& task, cudaStream_t stream) {
+  if (task.pass.moment_dtype == GRGAUGE_BF16) return launch_adamw<G, P, sbf16>(task, stream);
+  return launch_adamw<G, P, float>(task, stream);
+}
+
 template <class G>
 cudaError_t visit_chunks(const Task& task, cudaStream_t stream) {
   const grgauge_pass& pass = task.pass;
   if (!pass.params) {
-    if (pass.ema || pass.previous) return launch<G, float, false, true, 4>(task, stream);
-    return launch<G, float, false, false, 16 / sizeof(G)>(task, stream);
+    if (pass.ema || pass.previous) return launch<G, float, float, false, true, 4>(task, stream);
+    return launch<G, float, float, false, false, 16 / sizeof(G)>(task, stream);
   }
   switch (pass.param_dtype) {
-    case GRGAUGE_F32: return launch<G, float, true, true, 4>(task, stream);
-    case GRGAUGE_BF16: return launch<G, bf16, true, true, 4>(task, stream);
-    default: return launch<G, f16, true, true, 4>(task, stream);
+    case GRGAUGE_F32: return launch_moments<G, float>(task, stream);
+    case GRGAUGE_BF16:
+      return pass.stochastic_rounding ? launch_moments<G, sbf16>(task, stream) : launch_moments<G, bf16>(task, stream);
+    default: return launch_moments<G, f16>(task, stream);
   }
 }
 

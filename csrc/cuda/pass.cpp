@@ -28,7 +28,7 @@ int grgauge_abi(void) { return GRGAUGE_ABI; }
 const char* grgauge_error(int code) {
   switch (code) {
     case GRGAUGE_OK: return "no error";
-    case GRGAUGE_BAD_DTYPE: return "gradients and parameters must be float32, bfloat16 or float16";
+    case GRGAUGE_BAD_DTYPE: return "gradients and parameters must be float32, bfloat16 or float16, moments float32 or bfloat16";
   }
   return code >= GRGAUGE_CUDA_ERROR ? cudaGetErrorString(cudaError_t(code - GRGAUGE_CUDA_ERROR)) : "unknown error";
 }
@@ -43,6 +43,7 @@ int grgauge_cuda_pass(const grgauge_pass* pass, const float* lr_f32, const doubl
                       void* stream_) {
   using namespace grgauge;
   if (!known(pass->grad_dtype) || (pass->params && !known(pass->param_dtype))) return GRGAUGE_BAD_DTYPE;
+  if (pass->moment_dtype != GRGAUGE_F32 && pass->moment_dtype != GRGAUGE_BF16) return GRGAUGE_BAD_DTYPE;
   const auto stream = static_cast<cudaStream_t>(stream_);
   Task task{};
   task.pass = *pass;

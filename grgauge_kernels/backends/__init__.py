@@ -5,3 +5,51 @@ buckets that runs out of memory then finds nothing changed.
 
 `..ops` holds their contract and is the only module that chooses among them.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Update(NamedTuple):
+    """What one call of `adamw_` is given: the arguments of `torch.ops.grgauge.adamw_`, by name and in its order.
+
+    lr is not used where there is an lr_tensor. origins: int64 [segments], where each segment begins in the one flat
+    buffer; None if offsets count from the segments themselves.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    rows: Tensor
+    segments: int
+    step: Tensor
+    lr: float
+    lr_tensor: Tensor | None
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    ema: Tensor | None
+    previous: Tensor | None
+    beta: float
+    inv_scale: Tensor | None
+    found_inf: Tensor | None
+    clip: Tensor | None
+    zero_grad: bool
+    maximize: bool
+    sums: bool
+    backend: str | None = None
+    seed: int = 0
+    stochastic_rounding: bool = False
+    origins: Tensor | None = None
+
+    @property
+    def bfloat16_moments(self) -> bool:
+        """True if the moments are stored in bfloat16, and so rounded stochastically."""
+        return self.exp_avgs[0].dtype == torch.bfloat16

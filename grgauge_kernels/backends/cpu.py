@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from . import native
+from . import Update, native
 
 _NO_SUMS = torch.empty((0, 6), dtype=torch.float64)
 
@@ -58,37 +58,14 @@ def measure_(
     return stats
 
 
-def prepare_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    rows: Tensor,
-    segments: int,
-    step: Tensor,
-    lr: float,
-    lr_tensor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema: Tensor | None,
-    previous: Tensor | None,
-    beta: float,
-    inv_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip: Tensor | None,
-    zero_grad: bool,
-    maximize: bool,
-    sums: bool,
-) -> Callable[[], Tensor]:
-    stats = torch.empty((segments, 6), dtype=torch.float64) if sums else _NO_SUMS
-    task = native.Pass(grads, rows, segments, stats if sums else None, ema, previous, beta, inv_scale)
-    rate = lr if lr_tensor is None else float(lr_tensor)
-    task.update(params, step, rate, beta1, beta2, eps, weight_decay, found_inf, clip, zero_grad, maximize)
-    table = array("Q", map(Tensor.data_ptr, chain(grads, params, exp_avgs, exp_avg_sqs)))
-    start, size = table.buffer_info()[0], table.itemsize * len(grads)
-    task.grads, task.params, task.exp_avgs, task.exp_avg_sqs = (start + i * size for i in range(4))
+def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
+    stats = torch.empty((u.segments, 6), dtype=torch.float64) if u.sums else _NO_SUMS
+    task = native.Pass(u.grads, u.rows, u.segments, stats if u.sums else None, u.ema, u.previous, u.beta, u.inv_scale)
+    task.update(u, u.step, u.lr if u.lr_tensor is None else float(u.lr_tensor))
+    table = array("Q", map(Tensor.data_ptr, chain(u.grads, u.params, u.exp_avgs, u.exp_avg_sqs)))
+    start, size = table.buffer_info()[0], table.itemsize * len(u.grads)
+    task.grads, task.params = start, start + size
+    task.exp_avgs, task.exp_avg_sqs = start + 2 * size, start + 3 * size
     return functools.partial(_update, task, stats, table)
 
 

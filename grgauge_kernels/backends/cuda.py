@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import addresses, native
+from . import Update, addresses, native
 
 
 @functools.cache
@@ -69,37 +69,14 @@ def measure_(
     return stats
 
 
-def prepare_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    rows: Tensor,
-    segments: int,
-    step: Tensor,
-    lr: float,
-    lr_tensor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema: Tensor | None,
-    previous: Tensor | None,
-    beta: float,
-    inv_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip: Tensor | None,
-    zero_grad: bool,
-    maximize: bool,
-    sums: bool,
-) -> Callable[[], Tensor]:
-    stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
-    task = native.Pass(grads, rows, segments, stats if sums else None, ema, previous, beta, inv_scale)
-    launch = _prepared("adamw_", task, rows, [grads, params, exp_avgs, exp_avg_sqs], lr_tensor)
+def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
+    stats = u.rows.new_empty((u.segments if u.sums else 0, 6), dtype=torch.float64)
+    task = native.Pass(u.grads, u.rows, u.segments, stats if u.sums else None, u.ema, u.previous, u.beta, u.inv_scale)
+    launch = _prepared("adamw_", task, u.rows, [u.grads, u.params, u.exp_avgs, u.exp_avg_sqs], u.lr_tensor)
 
     def update() -> Tensor:
-        count = step.contiguous()  # now and not before: it may have counted on
-        task.update(params, count, lr, beta1, beta2, eps, weight_decay, found_inf, clip, zero_grad, maximize)
+        count = u.step.contiguous()  # now and not before: it may have counted on
+        task.update(u, count, u.lr)
         launch()
         return stats
 
@@ -107,7 +84,7 @@ def prepare_adamw_(
 
 
 def _prepared(
-    op: str, task: native.Pass, rows: Tensor, streams: list[list[Tensor]], lr_tensor: Tensor | None = None
+    op: str, task: native.Pass, rows: Tensor, streams: Sequence[Sequence[Tensor]], lr_tensor: Tensor | None = None
 ) -> Callable[[], None]:
     """The launch of a pass for which all memory is there."""
     library = _load()
@@ -134,7 +111,7 @@ def _prepared(
     return launch
 
 
-def _place(task: native.Pass, streams: list[list[Tensor]], device: torch.device) -> None:
+def _place(task: native.Pass, streams: Sequence[Sequence[Tensor]], device: torch.device) -> None:
     """Tell the pass where its streams are."""
     segments = len(streams[0])
     if segments <= 1:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI = 1
+from . import Update
+
+ABI = 2
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -46,11 +49,15 @@ class Pass(ctypes.Structure):
         ("clip", ctypes.c_void_p),
         ("zero_grad", ctypes.c_int32),
         ("maximize", ctypes.c_int32),
+        ("moment_dtype", ctypes.c_int32),
+        ("stochastic_rounding", ctypes.c_int32),
+        ("seed", ctypes.c_uint32),
+        ("origins", ctypes.c_void_p),
     ]
 
     def __init__(
         self,
-        grads: list[Tensor],
+        grads: Sequence[Tensor],
         rows: Tensor,
         segments: int,
         stats: Tensor | None,
@@ -60,34 +67,35 @@ class Pass(ctypes.Structure):
         inv_scale: Tensor | None,
     ) -> None:
         """A pass that measures. The addresses of the gradients are left to the backend."""
-        super().__init__()
-        self.rows, self.chunks, self.segments, self.stats = rows.data_ptr(), rows.shape[0], segments, address(stats)
+        self.rows, self.chunks, self.segments = rows.data_ptr(), rows.shape[0], segments
         self.flat = len(grads) == 1
         self.grad_dtype = DTYPES[grads[0].dtype] if grads else 0
-        self.ema, self.previous, self.beta = address(ema), address(previous), beta
-        self.inv_scale = address(inv_scale)
+        self.beta = beta
+        # What is not there stays null.
+        if stats is not None:
+            self.stats = stats.data_ptr()
+        if ema is not None:
+            self.ema = ema.data_ptr()
+        if previous is not None:
+            self.previous = previous.data_ptr()
+        if inv_scale is not None:
+            self.inv_scale = inv_scale.data_ptr()
 
-    def update(
-        self,
-        params: list[Tensor],
-        step: Tensor,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        found_inf: Tensor | None,
-        clip: Tensor | None,
-        zero_grad: bool,
-        maximize: bool,
-    ) -> None:
+    def update(self, u: Update, step: Tensor, lr: float) -> None:
         """Add AdamW; again without the addresses."""
-        self.param_dtype = DTYPES[params[0].dtype] if params else 0
+        self.param_dtype = DTYPES[u.params[0].dtype]
+        self.moment_dtype = DTYPES[u.exp_avgs[0].dtype]
         self.step_per_segment = step.numel() > 1
         self.steps = step.data_ptr()
-        self.lr, self.beta1, self.beta2, self.eps, self.weight_decay = lr, beta1, beta2, eps, weight_decay
-        self.found_inf, self.clip = address(found_inf), address(clip)
-        self.zero_grad, self.maximize = zero_grad, maximize
+        self.lr, self.beta1, self.beta2, self.eps, self.weight_decay = lr, u.beta1, u.beta2, u.eps, u.weight_decay
+        self.zero_grad, self.maximize = u.zero_grad, u.maximize
+        self.stochastic_rounding, self.seed = u.stochastic_rounding, u.seed
+        if u.found_inf is not None:
+            self.found_inf = u.found_inf.data_ptr()
+        if u.clip is not None:
+            self.clip = u.clip.data_ptr()
+        if u.origins is not None:
+            self.origins = u.origins.data_ptr()
 
 
 def address(t: Tensor | None) -> int | None:

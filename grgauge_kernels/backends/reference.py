@@ -5,13 +5,17 @@ Elementwise arithmetic is float32, as in the kernels; sums are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from . import Update
+
 LARGEST = 1e16
 """A gradient element beyond this size counts as non-finite: sums of its square would not survive float32."""
+
+LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -38,62 +42,93 @@ def measure_(
     return stats
 
 
-def prepare_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    rows: Tensor,
-    segments: int,
-    step: Tensor,
-    lr: float,
-    lr_tensor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema: Tensor | None,
-    previous: Tensor | None,
-    beta: float,
-    inv_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip: Tensor | None,
-    zero_grad: bool,
-    maximize: bool,
-    sums: bool,
-) -> Callable[[], Tensor]:
-    stats = torch.zeros(segments if sums else 0, 6, dtype=torch.float64, device=rows.device)
+def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
+    stats = torch.zeros(u.segments if u.sums else 0, 6, dtype=torch.float64, device=u.rows.device)
 
     @torch.no_grad()
     def update() -> Tensor:
-        if found_inf is not None and found_inf.item():
+        if u.found_inf is not None and u.found_inf.item():
             return stats.fill_(torch.nan)
-        rate = torch.as_tensor(lr if lr_tensor is None else lr_tensor, dtype=torch.float64, device=rows.device)
-        steps = step.double().expand(segments)
-        for segment, here, state in _runs(rows):
-            grad, param, m, v = (_stream(list_, segment)[here] for list_ in (grads, params, exp_avgs, exp_avg_sqs))
+        rate = torch.as_tensor(u.lr if u.lr_tensor is None else u.lr_tensor, dtype=torch.float64, device=u.rows.device)
+        steps = u.step.double().expand(u.segments)
+        for segment, here, state in _runs(u.rows):
+            streams = (u.grads, u.params, u.exp_avgs, u.exp_avg_sqs)
+            grad, param, exp_avg, exp_avg_sq = (_stream(tensors, segment)[here] for tensors in streams)
             g = grad.float()
-            if inv_scale is not None:
-                g = g * inv_scale.float()
-            update = -g if maximize else g
-            if clip is not None:
-                update = update * clip.float()
-            m.lerp_(update, 1 - beta1)
-            v.mul_(beta2).addcmul_(update, update, value=1 - beta2)
-            correction1 = 1 - beta1 ** steps[segment]
-            correction2 = 1 - beta2 ** steps[segment]
-            denominator = v.sqrt().div_(correction2.sqrt().float()).add_(eps)
-            decayed = param.float() * (1 - rate * weight_decay).float()
-            param.copy_(decayed - (rate / correction1).float() * m / denominator)
-            moment = m if ema is None else _pick(ema, state)
-            row = _sums(g, moment, _pick(previous, state), beta, moment_is_exp_avg=ema is None)
-            if sums:
+            if u.inv_scale is not None:
+                g = g * u.inv_scale.float()
+            update = -g if u.maximize else g
+            if u.clip is not None:
+                update = update * u.clip.float()
+            m = exp_avg.float().lerp(update, 1 - u.beta1)
+            v = exp_avg_sq.float().mul(u.beta2).addcmul_(update, update, value=1 - u.beta2)
+            correction1 = 1 - u.beta1 ** steps[segment]
+            correction2 = 1 - u.beta2 ** steps[segment]
+            denominator = v.sqrt().div_(correction2.sqrt().float()).add_(u.eps)
+            decayed = param.float() * (1 - rate * u.weight_decay).float()
+            new = decayed - (rate / correction1).float() * m / denominator
+            if u.bfloat16_moments or u.stochastic_rounding:
+                begin = here.start - (0 if u.origins is None else int(u.origins[segment]))
+                index = torch.arange(begin, begin + len(g), device=g.device)
+                of_param, of_m, of_v = random_bits(u.seed, int(steps[segment]), segment, index)
+            param.copy_(rounded(new, of_param) if u.stochastic_rounding else new)
+            exp_avg.copy_(rounded(m, of_m) if u.bfloat16_moments else m)
+            exp_avg_sq.copy_(rounded(v, of_v) if u.bfloat16_moments else v)
+            moment = m if u.ema is None else _pick(u.ema, state)
+            row = _sums(g, moment, _pick(u.previous, state), u.beta, moment_is_exp_avg=u.ema is None)
+            if u.sums:
                 stats[segment] += row
-            if zero_grad:
+            if u.zero_grad:
                 grad.zero_()
         return stats
 
     return update
+
+
+def rounded(x: Tensor, random: Tensor) -> Tensor:
+    """float32 -> bfloat16, to the neighbour away from zero with probability (distance from the other) / (their gap).
+
+    random   int64, 16 random bits an element: added to those that bfloat16 has no room for, their carry decides
+
+    Right on average for subnormals too. NaN and infinities stay what they are. Between the largest bfloat16 and
+    infinity there is no mean to keep: such a number becomes that bfloat16, so no finite number turns infinite.
+    """
+    bits = x.view(torch.int32) + torch.where(x.abs() <= LARGEST_BFLOAT16, random, 0).int()
+    return torch.where(x.isnan(), torch.nan, (bits >> 16).short().view(torch.bfloat16))
+
+
+def random_bits(seed: int, step: int, segment: int, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The 16 bits that round an element's parameter and its two moments: int64, a tensor each, shaped like index.
+
+    index   int64, the element's place in its segment; it counts modulo 2^32, as everything here
+
+    A hash of two rounds, with a key before each: only with one, the bits of one step would be another step's in
+    another order.
+    """
+    first = _mix(_mix(_mix(seed) ^ step) ^ segment)
+    second = _mix(first ^ GOLDEN)
+    x = (index + first) & _WORD
+    x = x ^ (x >> 16)
+    x = (x * FACTORS[0]) & _WORD
+    x = x ^ (x >> 15) ^ second
+    x = (x * FACTORS[1]) & _WORD
+    x = x ^ (x >> 16)
+    return ((x * GOLDEN) & _WORD) >> 16, x >> 16, x & 0xFFFF
+
+
+_WORD = 0xFFFFFFFF
+GOLDEN = 0x9E3779B1  # the prime next to 2^32 over the golden ratio
+FACTORS = (0x7FEB352D, 0x846CA68B)  # found by search for little bias ("lowbias32")
+
+
+def _mix(x: int) -> int:
+    """One 32-bit word from another, each bit of it depending on all of the other's."""
+    x &= _WORD
+    x ^= x >> 16
+    x = (x * FACTORS[0]) & _WORD
+    x ^= x >> 15
+    x = (x * FACTORS[1]) & _WORD
+    return x ^ (x >> 16)
 
 
 def _sums(g: Tensor, m: Tensor | None, previous: Tensor | None, beta: float, moment_is_exp_avg: bool = False) -> Tensor:
@@ -139,7 +174,7 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, slice, slice]]:
         yield begin[0], slice(begin[1], end), slice(begin[2], begin[2] + end - begin[1])
 
 
-def _stream(tensors: list[Tensor], segment: int) -> Tensor:
+def _stream(tensors: Sequence[Tensor], segment: int) -> Tensor:
     """The elements of one segment in memory order; of the one flat buffer if there is just one tensor."""
     t = tensors[segment if len(tensors) > 1 else 0]
     return t.as_strided((t.numel(),), (1,))

@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import Update, reference
 from .addresses import on_device
 from .reference import LARGEST
 
@@ -39,6 +40,10 @@ _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 THREADS = 128
 """Threads a program. A program is one chunk, so several of them share a multiprocessor and hide each other's loads."""
+
+FACTOR1, FACTOR2, GOLDEN = (
+    (None, None, None) if triton is None else map(tl.constexpr, (*reference.FACTORS, reference.GOLDEN))
+)
 
 TILE = 256
 """Rows of sums that are added at once."""
@@ -84,82 +89,23 @@ def measure_(
     return _prepared([grads], rows, segments, ema, previous, beta, inv_scale)()
 
 
-def prepare_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    rows: Tensor,
-    segments: int,
-    step: Tensor,
-    lr: float,
-    lr_tensor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema: Tensor | None,
-    previous: Tensor | None,
-    beta: float,
-    inv_scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip: Tensor | None,
-    zero_grad: bool,
-    maximize: bool,
-    sums: bool,
-) -> Callable[[], Tensor]:
-    return _prepared(
-        [grads, params, exp_avgs, exp_avg_sqs],
-        rows,
-        segments,
-        ema,
-        previous,
-        beta,
-        inv_scale,
-        found_inf=found_inf,
-        clip=clip,
-        step=step,
-        lr_tensor=lr_tensor,
-        lr=lr,
-        weight_decay=weight_decay,
-        log_beta1=math.log(beta1) if beta1 else -math.inf,
-        log_beta2=math.log(beta2) if beta2 else -math.inf,
-        one_minus_beta1=1 - beta1,
-        beta2=beta2,
-        one_minus_beta2=1 - beta2,
-        eps=eps,
-        zero_grad=zero_grad,
-        maximize=maximize,
-        sums=sums,
-    )
+def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
+    streams = [u.grads, u.params, u.exp_avgs, u.exp_avg_sqs]
+    return _prepared(streams, u.rows, u.segments, u.ema, u.previous, u.beta, u.inv_scale, u)
 
 
 def _prepared(
-    streams: list[list[Tensor]],
+    streams: Sequence[Sequence[Tensor]],
     rows: Tensor,
     segments: int,
     ema: Tensor | None,
     previous: Tensor | None,
     beta: float,
     inv_scale: Tensor | None,
-    *,
-    found_inf: Tensor | None = None,
-    clip: Tensor | None = None,
-    step: Tensor | None = None,
-    lr_tensor: Tensor | None = None,
-    lr: float = 0.0,
-    weight_decay: float = 0.0,
-    log_beta1: float = 0.0,
-    log_beta2: float = 0.0,
-    one_minus_beta1: float = 0.0,
-    beta2: float = 0.0,
-    one_minus_beta2: float = 0.0,
-    eps: float = 0.0,
-    zero_grad: bool = False,
-    maximize: bool = False,
-    sums: bool = True,
+    u: Update | None = None,
 ) -> Callable[[], Tensor]:
     """The launches of a pass for which all memory is there: running out of it must find nothing changed."""
+    sums = u is None or u.sums
     chunks = rows.shape[0]
     stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
     partials = rows.new_empty((chunks, 8), dtype=torch.float32) if sums else None
@@ -175,12 +121,10 @@ def _prepared(
 
     def launch() -> Tensor:
         with device:
-            count = None if step is None else step.contiguous()  # now and not before: it may have counted on
+            count = None if u is None else u.step.contiguous()  # now and not before: it may have counted on
             if chunks:
                 # A tensor of each list also tells the kernel the dtype, which an address does not.
                 bases: list[Tensor | None] = [tensors[0] for tensors in streams]
-                grad_size = streams[0][0].element_size()
-                reads_only = len(streams) == 1 and ema is None and previous is None
                 visit_kernel[(chunks,)](
                     rows,
                     partials,
@@ -189,36 +133,47 @@ def _prepared(
                     ema,
                     previous,
                     inv_scale,
-                    found_inf,
-                    clip,
+                    None if u is None else u.found_inf,
+                    None if u is None else u.clip,
                     count,
-                    lr_tensor,
-                    lr,
-                    weight_decay,
-                    log_beta1,
-                    log_beta2,
-                    one_minus_beta1,
-                    beta2,
-                    one_minus_beta2,
-                    eps,
+                    None if u is None else u.lr_tensor,
+                    None if u is None else u.origins,
+                    *_scalars(u),
                     beta,
                     1 - beta,
                     STEP_PER_SEGMENT=count is not None and count.numel() > 1,
-                    ZERO_GRAD=zero_grad,
-                    MAXIMIZE=maximize,
+                    ZERO_GRAD=u is not None and u.zero_grad,
+                    MAXIMIZE=u is not None and u.maximize,
+                    STOCHASTIC_PARAM=u is not None and u.stochastic_rounding,
+                    STOCHASTIC_MOMENTS=u is not None and u.bfloat16_moments,
                     LARGEST=LARGEST,
                     LANES=THREADS,
-                    # 16 bytes a thread. Two-byte streams beside float32 ones get 8 bytes, still 256 in a row for a
-                    # warp: with 16, Triton sends every float32 store through shared memory, and needs 64 to 102
-                    # registers on sm_90 where it now needs 40.
-                    BLOCK=THREADS * (16 // grad_size if reads_only else 4),
+                    BLOCK=THREADS * _elements(streams, ema, previous),
                     **_options(rows.device),
                 )
             if partials is not None:
-                _reduce(rows, partials, tiles, found_inf, stats)
+                _reduce(rows, partials, tiles, None if u is None else u.found_inf, stats)
         return stats
 
     return launch
+
+
+def _scalars(u: Update | None) -> tuple[float, ...]:
+    """AdamW's numbers as `visit_kernel` takes them."""
+    if u is None:
+        return (0,) + 8 * (0.0,)
+    log_beta1, log_beta2 = (math.log(beta) if beta else -math.inf for beta in (u.beta1, u.beta2))
+    return u.seed, u.lr, u.weight_decay, log_beta1, log_beta2, 1 - u.beta1, u.beta2, 1 - u.beta2, u.eps
+
+
+def _elements(streams: Sequence[Sequence[Tensor]], ema: Tensor | None, previous: Tensor | None) -> int:
+    """Elements that a thread moves at a time: 16 bytes.
+
+    Two-byte streams beside float32 ones get 8 bytes, still 256 in a row for a warp: with 16, Triton sends every float32
+    store through shared memory, and needs 64 to 102 registers on sm_90 where it now needs 40.
+    """
+    sizes = {tensors[0].element_size() for tensors in streams}
+    return 8 if sizes == {2} and ema is None and previous is None else 4
 
 
 def _tiles(rows: Tensor) -> Tensor | None:
@@ -254,7 +209,7 @@ def _jit(**options: Any) -> Any:
 # Singular: Triton's launcher has a variable of its own called `params`, which an argument of that name would lose to.
 _POINTERS = [
     "rows", "partials", "table", "grad", "param", "exp_avg", "exp_avg_sq", "ema", "previous",
-    "inv_scale", "found_inf", "clip", "step", "lr_tensor",
+    "inv_scale", "found_inf", "clip", "step", "lr_tensor", "origins",
 ]  # fmt: skip
 
 
@@ -275,6 +230,8 @@ def visit_kernel(
     clip,
     step,
     lr_tensor,
+    origins,
+    seed: tl.uint32,
     lr: tl.float64,
     weight_decay: tl.float64,
     log_beta1: tl.float64,
@@ -288,6 +245,8 @@ def visit_kernel(
     STEP_PER_SEGMENT: tl.constexpr,
     ZERO_GRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    STOCHASTIC_PARAM: tl.constexpr,
+    STOCHASTIC_MOMENTS: tl.constexpr,
     LARGEST: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -297,7 +256,8 @@ def visit_kernel(
     rows     [chunks, 4] as in Plan
     partials float32 [chunks, 8], the six sums of the chunk and two zeros; None: no sums
     table    addresses [segments, streams] of loose tensors; None: offsets count from grad, param, ...
-    param   None: measure only
+    param    None: measure only
+    origins  where segments begin in flat streams; None: offsets count from segments
     """
     chunk = tl.program_id(0).to(tl.int64)
     segment = tl.load(rows + 4 * chunk)
@@ -317,6 +277,14 @@ def visit_kernel(
     decay = None
     rate = None
     root = None
+    first = None
+    second = None
+    if STOCHASTIC_PARAM or STOCHASTIC_MOMENTS:
+        count = tl.load(step + segment if STEP_PER_SEGMENT else step).to(tl.uint32)
+        first = _mix(_mix(_mix(tl.cast(seed, tl.uint32)) ^ count) ^ segment.to(tl.uint32))
+        second = _mix(first ^ GOLDEN)
+        place = offset if origins is None else offset - tl.load(origins + segment)
+        first += place.to(tl.uint32)  # of the chunk's first element
     if param is not None:
         param = _element(param, table, segment * STREAMS + 1, offset)
         exp_avg = _element(exp_avg, table, segment * STREAMS + 2, offset)
@@ -341,15 +309,15 @@ def visit_kernel(
     whole = tl.where(addresses % 16 == 0, length - length % BLOCK, 0)
     grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite = _visit(
         0, whole, zero, zero, zero, zero, zero, zero,
-        grad, param, exp_avg, exp_avg_sq, ema, previous, inv_scale, clip, decay, rate, root,
+        grad, param, exp_avg, exp_avg_sq, ema, previous, inv_scale, clip, decay, rate, root, first, second,
         one_minus_beta1, beta2, one_minus_beta2, eps, beta, one_minus_beta,
-        ZERO_GRAD, MAXIMIZE, LARGEST, partials is not None, LANES, BLOCK, True,
+        ZERO_GRAD, MAXIMIZE, STOCHASTIC_PARAM, STOCHASTIC_MOMENTS, LARGEST, partials is not None, LANES, BLOCK, True,
     )  # fmt: skip
     grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite = _visit(
         whole, length, grad_sq, ema_sq, grad_abs, delta_sq, delta_abs, nonfinite,
-        grad, param, exp_avg, exp_avg_sq, ema, previous, inv_scale, clip, decay, rate, root,
+        grad, param, exp_avg, exp_avg_sq, ema, previous, inv_scale, clip, decay, rate, root, first, second,
         one_minus_beta1, beta2, one_minus_beta2, eps, beta, one_minus_beta,
-        ZERO_GRAD, MAXIMIZE, LARGEST, partials is not None, LANES, LANES, False,
+        ZERO_GRAD, MAXIMIZE, STOCHASTIC_PARAM, STOCHASTIC_MOMENTS, LARGEST, partials is not None, LANES, LANES, False,
     )  # fmt: skip
     if partials is not None:
         # Each join adds an axis of two behind the others, so the first one divides columns 0-3 from 4-7.
@@ -380,6 +348,8 @@ def _visit(
     decay,
     rate,
     root,
+    first,
+    second,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
@@ -388,6 +358,8 @@ def _visit(
     one_minus_beta,
     ZERO_GRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    STOCHASTIC_PARAM: tl.constexpr,
+    STOCHASTIC_MOMENTS: tl.constexpr,
     LARGEST: tl.constexpr,
     SUMS: tl.constexpr,
     LANES: tl.constexpr,
@@ -446,9 +418,15 @@ def _visit(
             v = v * beta2 + update * update * one_minus_beta2
             # Square root and quotient are the fast ones, within 2 ulp: the exact ones cost 18 registers on sm_90.
             p = p * decay - rate * m / (tl.sqrt(v) * root + eps)
-            tl.store(param_at, p, mask=mask)
-            tl.store(exp_avg_at, m, mask=mask)
-            tl.store(exp_avg_sq_at, v, mask=mask)
+            if STOCHASTIC_PARAM or STOCHASTIC_MOMENTS:
+                random = _random(i, first, second)
+                _store(param_at, p, random * GOLDEN >> 16, STOCHASTIC_PARAM, mask)
+                _store(exp_avg_at, m, random >> 16, STOCHASTIC_MOMENTS, mask)
+                _store(exp_avg_sq_at, v, random & 0xFFFF, STOCHASTIC_MOMENTS, mask)
+            else:
+                tl.store(param_at, p, mask=mask)
+                tl.store(exp_avg_at, m, mask=mask)
+                tl.store(exp_avg_sq_at, v, mask=mask)
             if ZERO_GRAD:
                 tl.store(grad_at, tl.zeros_like(g), mask=mask)
             if SUMS and ema is None:
@@ -478,6 +456,33 @@ def _load(pointers, mask):
     # Zero adds nothing to any sum, so masked elements need no further care.
     x = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
     return x.to(tl.float32)
+
+
+@_jit()
+def _mix(x):
+    """One 32-bit word from another, as `reference` does it."""
+    x = (x ^ (x >> 16)) * FACTOR1
+    x = (x ^ (x >> 15)) * FACTOR2
+    return x ^ (x >> 16)
+
+
+@_jit()
+def _random(i, first, second):
+    """32 random bits for each element of a chunk: `reference.random_bits`, before they are shared out."""
+    x = first + i.to(tl.uint32)
+    x = (x ^ (x >> 16)) * FACTOR1
+    x = (x ^ (x >> 15) ^ second) * FACTOR2
+    return x ^ (x >> 16)
+
+
+@_jit()
+def _store(pointers, x, random, STOCHASTIC: tl.constexpr, mask):
+    """Store x as bfloat16 to one of its two neighbours, as 16 random bits say; see `reference.rounded`."""
+    if STOCHASTIC:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += tl.where((bits & 0x7FFFFFFF) <= 0x7F7F0000, random, 0)
+        x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    tl.store(pointers, x, mask=mask)
 
 
 @_jit()

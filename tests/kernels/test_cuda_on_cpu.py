@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kernels import rounding
 
 import grgauge_kernels as gk
 from grgauge_kernels import ops
@@ -181,6 +182,39 @@ def test_same_bits_gauged_or_plain_and_aligned_or_not(calls, grad, param):
     for shift, states, sums in itertools.product((0, 1, 4), (False, True), (False, True)):
         for ours, theirs in zip(updated(shift, states, sums), plain, strict=True):
             assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["loose", "flat"])
+@pytest.mark.parametrize(("grad", "param"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")])
+def test_moments_are_rounded_by_the_definition(calls, grad, param, flat):
+    rounding.check_moments("cuda", DTYPES[grad], DTYPES[param], flat)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("states", [{}, {"ema": ..., "previous": ...}], ids=["plain", "states"])
+def test_bfloat16_moments_stay_inside_their_memory(calls, states):
+    """The wide accesses of all two-byte streams, and the ends of what they cannot take."""
+    n = 4096 + 13
+    for end in (True, False):
+        streams = [[guarded(n, torch.bfloat16, end).fill_(0.5)] for _ in range(4)]
+        plan = gk.Bucket(streams[1]).plan()
+        kept = {name: guarded(n, torch.float32, end).zero_() for name in states}
+        gk.adamw_(
+            *streams, plan, step=3, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, seed=1,
+            stochastic_rounding=True, zero_grad=True, **kept, backend="cuda",
+        )  # fmt: skip
+        assert not streams[1][0].any()
+        assert (streams[0][0] < 0.5).any()
+
+
+def test_subnormal_infinite_and_huge_moments(calls):
+    rounding.check_edges("cuda")
+
+
+@pytest.mark.parametrize("moment", ["fp32", "bf16"])
+@pytest.mark.parametrize("grad", DTYPES)
+def test_parameters_are_rounded_by_the_definition(calls, grad, moment):
+    rounding.check_params("cuda", DTYPES[moment], DTYPES[grad])
 
 
 @pytest.mark.parametrize("bad", [1.0, float("nan")])

@@ -139,7 +139,11 @@ def test_bad_input_is_named_and_changes_nothing(op, change, error, text):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"exp_avgs": torch.bfloat16}, TypeError, "exp_avgs has dtype bfloat16; it must be float32, the same"),
+        (
+            {"exp_avgs": torch.float16},
+            TypeError,
+            "exp_avgs has dtype float16; it must be bfloat16 or float32, the same",
+        ),
         ({"params": torch.float64}, TypeError, "params has dtype float64"),
         ({"betas": (1.0, 0.999)}, ValueError, "betas is"),
         ({"step": torch.ones(3)}, ValueError, r"step is torch.float32 \(3,\)"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import truth
+from kernels import rounding
 
 import grgauge_kernels as gk
 from grgauge_kernels import CHUNK
@@ -199,6 +200,32 @@ def test_adamw_matches_float64(dtype, param_dtype, layout):
             g = p.segments[i].double().cpu()
             expected = truth.sums(g, p.exp_avgs_of[i].cpu(), None, truth.finite(g))
             torch.testing.assert_close(stats[i], expected, rtol=1e-6, atol=0)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/device has it on the GPU")
+@pytest.mark.parametrize("flat", [False, True], ids=["loose", "flat"])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+)
+def test_moments_are_rounded_by_the_definition(dtype, param_dtype, flat):
+    rounding.check_moments("triton", dtype, param_dtype, flat, rounding.FEW_SIZES)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/device has it on the GPU")
+def test_no_state_changes_the_draw():
+    rounding.check_moments("triton", torch.bfloat16, torch.bfloat16, False, rounding.FEW_SIZES, ema=...)
+    rounding.check_edges("triton")
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/device has it on the GPU")
+@pytest.mark.parametrize("moment", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_are_rounded_by_the_definition(dtype, moment):
+    rounding.check_params("triton", moment, dtype, rounding.FEW_SIZES)
 
 
 @needs_triton

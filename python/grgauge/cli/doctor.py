@@ -12,15 +12,13 @@ from typing import Any
 import torch
 
 import grgauge_kernels as gk
-from grgauge_kernels.backends import cpu
-from grgauge_kernels.ops import PREFERRED
 
 
 def examine() -> dict[str, Any]:
     """Everything `grgauge doctor` says, as plain values. `ok`: the device trained on here has a native backend."""
     backends = gk.backends()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    native = [name for name in PREFERRED[device] if name != "reference"]
+    native = [name for name in gk.PREFERRED_BACKENDS[device] if name != "reference"]
     working = [name for name in native if backends[name] is True]
     return {
         "versions": {
@@ -33,7 +31,7 @@ def examine() -> dict[str, Any]:
         "cpu": {
             "model": _cpu_model(),
             "threads": torch.get_num_threads(),
-            "instruction_set": cpu.isa() if backends["cpu"] is True else None,
+            "instruction_set": gk.cpu_isa() if backends["cpu"] is True else None,
         },
         "cuda": [_cuda(index) for index in range(torch.cuda.device_count())],
         "backends": {

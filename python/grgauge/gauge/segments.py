@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 import grgauge_kernels as gk
-from grgauge_kernels.sampling import sampled_ratio, sampled_sums
 
 from ..optim import BucketSums
 from ..reading import SegmentReading
@@ -144,9 +143,9 @@ def _ratio_error(columns: list[Array], plans: Sequence[gk.Plan]) -> tuple[float,
         return 0.0, 0.0
     sums, covariance = np.zeros(2), np.zeros((2, 2))
     for column, plan in zip(columns, plans, strict=True):
-        s, c = sampled_sums(column, plan)
+        s, c = gk.sampled_sums(column, plan)
         sums, covariance = sums + s.sum(axis=0), covariance + c.sum(axis=0)
-    ratio, error = sampled_ratio(sums, covariance)
+    ratio, error = gk.sampled_ratio(sums, covariance)
     return float(ratio), float(error)
 
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 import grgauge_kernels as gk
-from grgauge_kernels.bucket import DTYPES
-from grgauge_kernels.sampling import REPLICATES
 
 from ..optim import ALIGN, AdamW, BucketSums, Unclipped, averaged, local
 from .unavailable import Unavailable
@@ -261,7 +259,7 @@ class SampledBucket:
     def plan(self) -> gk.Plan:
         if self.certain is None:
             self.certain = self._bucket.heavy_blocks(self._grads(), self._sample)
-        return self._bucket.plan(self._sample, self._seed, replicates=REPLICATES, certain=self.certain, align=ALIGN)
+        return self._bucket.plan(self._sample, self._seed, replicates=gk.REPLICATES, certain=self.certain, align=ALIGN)
 
     def grads(self) -> Sequence[Tensor]:
         """The gradients as the plan wants them; zeros for a parameter that has none."""
@@ -281,7 +279,7 @@ def require_readable(optimizer: torch.optim.Optimizer) -> None:
     names = names_of(optimizer)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.requires_grad and p.dtype not in DTYPES:
+            if p.requires_grad and p.dtype not in gk.DTYPES:
                 raise TypeError(
                     f"parameter {names[id(p)]} has dtype {p.dtype}; a gauge reads float32, bfloat16 and float16 "
                     "(parameters with requires_grad=False may have any)"

@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 import grgauge_kernels as gk
 
-from .param_bucket import BucketSums, Gradients, ParamBucket, Unclipped, same, takes
+from .param_bucket import BucketSums, Gradients, ParamBucket, StatesAs, Unclipped, same, takes
 
 ParamGroup = dict[str, Any]
 Observer = Callable[[list[BucketSums]], None]
@@ -61,12 +61,16 @@ class AdamW(torch.optim.AdamW):
     skip_nonfinite  with max_grad_norm: where the norm is not finite, change nothing at all in that step
     flat      place moments in one flat buffer per group, device and dtype, and from `zero_grad(set_to_none=False)` on
               gradients too (`grgauge_kernels.FlatBuckets`). Parameters keep their own memory
+    state_dtype  of both moments: float32, or bfloat16 with stochastic rounding, which moves 20 instead of 28 bytes a
+              float32 parameter and step
+    stochastic_rounding   round bfloat16 parameters stochastically, so that small updates are not lost without a copy in
+              float32; torch rounds to nearest
     backend   a name from `grgauge_kernels.backends()`, or None for the best one of each device
     foreach, capturable, fused   accepted for torch's signature; a kernel's step is always fused and capturable
 
     As in torch, `param_groups` and `state` are the truth: whatever a program changes there, or about parameters and
     gradients, the next step follows. state_dict is torch.optim.AdamW's, in both directions, mid-training. Both moments
-    are float32, whatever the parameters are; torch's are like the parameters.
+    are of `state_dtype`, whatever the parameters are; torch's are like the parameters.
 
     The kernels take parameters of float32, bfloat16 and float16. Others, and groups with amsgrad or differentiable, are
     updated by torch's own AdamW, and no gauge sees them.
@@ -75,7 +79,8 @@ class AdamW(torch.optim.AdamW):
     ends at a step with a closure, hooks, clipping, parameters that torch updates or sharded ones, and goes on after it.
     A number as lr is compiled in: let a scheduler change a tensor.
 
-    Raises ValueError for what torch.optim.AdamW refuses, and for max_grad_norm or skip_nonfinite out of range.
+    Raises ValueError for what torch.optim.AdamW refuses, for max_grad_norm or skip_nonfinite out of range and for
+    another state_dtype.
 
     Example:
         >>> import torch, grgauge
@@ -107,8 +112,12 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         flat: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = False,
         backend: str | None = None,
     ) -> None:
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype is {state_dtype}; it must be torch.float32 or torch.bfloat16")
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
         if skip_nonfinite and max_grad_norm is None:
@@ -117,7 +126,7 @@ class AdamW(torch.optim.AdamW):
             )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._flat = flat
+        self._states_as = StatesAs(state_dtype, flat, stochastic_rounding)
         self._backend = backend
         self._begin()
         super().__init__(
@@ -320,7 +329,7 @@ class AdamW(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With flat=True, gradients that are kept become views of one flat buffer."""
         super().zero_grad(set_to_none)
-        if self._flat and not set_to_none:
+        if self._states_as.flat and not set_to_none:
             for bucket in self._buckets:
                 bucket.flatten_grads()
 
@@ -347,7 +356,7 @@ class AdamW(torch.optim.AdamW):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "skip_nonfinite", "_flat", "_backend")
+        own = ("max_grad_norm", "skip_nonfinite", "_states_as", "_backend")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -408,7 +417,7 @@ class AdamW(torch.optim.AdamW):
                 if before and before.is_of(params, states) and before.fits():
                     buckets.append(before)
                 else:
-                    buckets.append(ParamBucket(group, params, states, self._flat))
+                    buckets.append(ParamBucket(group, params, states, self._states_as, seed=len(buckets)))
         if any(p.grad is not None and p.grad.is_sparse for _, params in others for p in params):
             raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
         collected = [bucket.collect([p.grad for p in bucket.params]) for bucket in buckets]

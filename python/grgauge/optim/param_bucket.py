@@ -10,16 +10,13 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import grgauge_kernels as gk
-from grgauge_kernels.bucket import DTYPES, is_dense
-from grgauge_kernels.flat import FlatBucket, flat_views
-from grgauge_kernels.ops import prepare_adamw_
 
 
 @dataclass
@@ -49,6 +46,19 @@ class Unclipped:
     state: dict[Tensor, tuple[Tensor, Tensor]]
 
 
+class StatesAs(NamedTuple):
+    """How an optimizer keeps what it has of each parameter.
+
+    dtype   of both moments, float32 or bfloat16, which is rounded stochastically
+    flat    new moments are views of one flat buffer each
+    stochastic_rounding  bfloat16 parameters are rounded so, too
+    """
+
+    dtype: torch.dtype
+    flat: bool
+    stochastic_rounding: bool
+
+
 ALIGN = 8
 """Elements: 32 bytes of a gauge's own states."""
 
@@ -70,7 +80,7 @@ def same(these: Collection[Any], those: Collection[Any]) -> bool:
 def takes(group: Mapping[str, Any], p: Tensor) -> bool:
     """True if the kernels can update this parameter; torch's own AdamW does the others."""
     plain = not (group["amsgrad"] or group["differentiable"])
-    return plain and p.dtype in DTYPES and local(p).layout == torch.strided
+    return plain and p.dtype in gk.DTYPES and local(p).layout == torch.strided
 
 
 class ParamBucket:
@@ -79,32 +89,37 @@ class ParamBucket:
     group   the param_group
     params  some of its parameters
     states  for each of them its dict in the optimizer's state, None if it has none or an empty one
-    flat    place new moments in one flat buffer each, as `zero_grad(set_to_none=False)` does with gradients
+    states_as  how moments are kept, and what random bits their rounding takes
 
-    Moments that are there already are used as they are. Only those that a kernel cannot use, as they are not float32
-    or laid out unlike the parameter, are replaced by copies that it can.
+    Moments that are there already are used as they are. Only those that a kernel cannot use, as they are of another
+    dtype or laid out unlike the parameter, are replaced by copies that it can.
 
     Raises ValueError for a moment that is not of its parameter's shape. Nothing is changed before `commit`.
     """
 
     def __init__(
-        self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any] | None], flat: bool = False
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Any] | None],
+        states_as: StatesAs,
+        seed: int,
     ) -> None:
-        self.group, self.params, self.flat = group, params, flat
+        self.group, self.params, self._states_as, self._seed = group, params, states_as, seed
         # As in torch, a parameter has no state before its first gradient.
         self.pending = {i for i, state in enumerate(states) if not state}
         self.states = [state or {} for state in states]
         self.sharded = any(map(is_sharded, params))
         self._held = [local(p) for p in params]
         # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
-        self.own = tuple([t if is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held])
+        self.own = tuple([t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held])
         self.copied = [(t, own) for t, own in zip(self._held, self.own, strict=True) if t is not own]
         self.dtype, self.device = self.own[0].dtype, self.own[0].device
         self.bucket = gk.Bucket(self.own)
         self.rows = self.bucket.plan_rows(align=ALIGN)
         self.emas: tuple[Unclipped, Tensor, Tensor] | None = None
         self._plans: dict[tuple[int, ...], tuple[gk.Plan, Tensor]] = {}
-        self._flat_grads: FlatBucket | None = None
+        self._flat_grads: gk.FlatBuckets | None = None
 
         self.steps = _counts([state.get("step", 0.0) for state in self.states], self.device)
         first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
@@ -164,10 +179,11 @@ class ParamBucket:
         """One moment of each parameter: the one that it has, else zeros."""
         found = [state.get(name) for state in self.states]
         missing = [i for i, moment in enumerate(found) if moment is None]
-        if self.flat:
-            new = iter(flat_views([self.own[i] for i in missing], torch.float32)[1])
+        dtype = self._states_as.dtype
+        if self._states_as.flat:
+            new = iter(gk.flat_views([self.own[i] for i in missing], dtype)[1])
         else:
-            new = (torch.zeros_like(self._like(i), dtype=torch.float32, requires_grad=False) for i in missing)
+            new = (torch.zeros_like(self._like(i), dtype=dtype, requires_grad=False) for i in missing)
         return [next(new) if moment is None else self._usable(i, name, moment) for i, moment in enumerate(found)]
 
     def _like(self, i: int) -> Tensor:
@@ -180,10 +196,11 @@ class ParamBucket:
                 f"state[p][{name!r}] has shape {tuple(moment.shape)} for a parameter of shape {tuple(like.shape)}; it "
                 "must have the parameter's"
             )
-        placed = held.dtype == torch.float32 and held.device == self.device and held.layout == torch.strided
+        dtype = self._states_as.dtype
+        placed = held.dtype == dtype and held.device == self.device and held.layout == torch.strided
         if placed and held.stride() == self.own[i].stride():
             return moment
-        return torch.zeros_like(like, dtype=torch.float32, requires_grad=False).copy_(moment)
+        return torch.zeros_like(like, dtype=dtype, requires_grad=False).copy_(moment)
 
     def collect(self, grads: Sequence[Tensor | None]) -> Gradients:
         """This step's gradients, one a parameter, as the kernel takes them; plans to leave out those that are None.
@@ -233,7 +250,7 @@ class ParamBucket:
     def flatten_grads(self) -> None:
         """Make the gradients views of one flat buffer."""
         if self._flat_grads is None:
-            self._flat_grads = FlatBucket(self.params)
+            self._flat_grads = gk.FlatBuckets(self.params)
         else:
             self._flat_grads.attach()
 
@@ -292,7 +309,7 @@ class ParamBucket:
             betas = tuple(map(float, betas))
         inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
         counted = self.present if found_inf is None else self.present * (1 - found_inf)
-        update = prepare_adamw_(
+        update = gk.prepare_adamw_(
             self.own,
             grads,
             self.exp_avgs,
@@ -308,6 +325,8 @@ class ParamBucket:
             clip=_on(device, clip),
             maximize=group["maximize"],
             sums=sums,
+            seed=self._seed,
+            stochastic_rounding=self._states_as.stochastic_rounding and self.dtype == torch.bfloat16,
             backend=backend,
         )
         return counted, update
