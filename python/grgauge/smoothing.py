@@ -148,7 +148,7 @@ class Temporal:
         return True
 
     def read(self, ema_sq: float) -> float:
-        """GR_T now, from |m|^2 of the bias-corrected EMA; it also enters the history that the standard errors come from.
+        """GR_T now, from |m|^2 of the bias-corrected EMA; it also enters the history that standard errors come from.
 
         nan before the first step. What is not finite and above 0, and a second reading of one step, is left out of the
         history.
