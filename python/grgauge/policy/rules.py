@@ -1,7 +1,6 @@
 """Every number that steers the measured rules, and why it is what it is.
 
-Those without another reason were chosen, with the rules, on the trainings that `Policy` names; what halving or doubling
-one does to simulated trainings is measured by `bench/rules.py`.
+Those without another reason were chosen, with the rules, on the trainings that `Policy` names.
 """
 
 from __future__ import annotations
