@@ -61,8 +61,8 @@ _library.define(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor rows, "
     "int segments, Tensor step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
     "float weight_decay, Tensor(e!)? ema, Tensor(f!)? previous, float beta, Tensor? inv_scale, Tensor? found_inf, "
-    "Tensor? clip, bool zero_grad, bool maximize, bool sums, str? backend=None, int seed=0, bool stochastic_rounding=False, "
-    "Tensor? origins=None) -> Tensor"
+    "Tensor? clip, bool zero_grad, bool maximize, bool sums, str? backend=None, int seed=0, "
+    "bool stochastic_rounding=False, Tensor? origins=None) -> Tensor"
 )
 
 
