@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import grgauge_kernels as gk
+from grgauge_kernels.backends import Update
 from grgauge_kernels.backends import triton as backend
 
 TARGETS = {
@@ -81,6 +82,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for grad, flat in (("fp32", True), ("bf16", False)):
         name = f"adamw {grad}/fp32 {'flat' if flat else 'loose'}, all options"
         yield name, lambda grad=grad, flat=flat: adamw(grad, "fp32", flat=flat, options=True)
+    # With moments in bfloat16; parameters too are then rounded stochastically, where they are in bfloat16.
+    for grad, param, flat, options in (("fp32", "fp32", False, False), ("bf16", "bf16", True, False),
+                                       ("bf16", "bf16", False, False), ("fp32", "fp32", True, True)):  # fmt: skip
+        name = f"adamw {grad}/{param}/bf16 {'flat' if flat else 'loose'}{', all options' if options else ''}"
+        yield name, lambda g=grad, p=param, f=flat, o=options: adamw(g, p, flat=f, options=o, moment="bf16")
 
 
 def tensors(dtype: str, flat: bool) -> list[Tensor]:
@@ -104,35 +110,39 @@ def measure(dtype: str, flat: bool, options: bool = False) -> None:
     backend.measure_(grads, visits.rows, visits.segments, state.get("ema"), state.get("previous"), 0.9, inv_scale)
 
 
-def adamw(grad: str, param: str, flat: bool, options: bool = False) -> None:
+def adamw(grad: str, param: str, flat: bool, options: bool = False, moment: str = "fp32") -> None:
     grads = tensors(grad, flat)
     visits = plan(grads, flat)
     state = states(visits, options)
     scalar = torch.ones(1) if options else None
-    backend.prepare_adamw_(
-        tensors(param, flat),
-        grads,
-        tensors("fp32", flat),
-        tensors("fp32", flat),
-        visits.rows,
-        visits.segments,
-        torch.ones(visits.segments if options else 1),
-        1e-3,
-        scalar,
-        0.9,
-        0.999,
-        1e-8,
-        0.01,
-        state.get("ema"),
-        state.get("previous"),
-        0.9,
-        scalar,
-        scalar,
-        scalar,
+    small = moment == "bf16"
+    update = Update(
+        params=tensors(param, flat),
+        grads=grads,
+        exp_avgs=tensors(moment, flat),
+        exp_avg_sqs=tensors(moment, flat),
+        rows=visits.rows,
+        segments=visits.segments,
+        step=torch.ones(visits.segments if options else 1),
+        lr=1e-3,
+        lr_tensor=scalar,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        ema=state.get("ema"),
+        previous=state.get("previous"),
+        beta=0.9,
+        inv_scale=scalar,
+        found_inf=scalar,
+        clip=scalar,
         zero_grad=options,
         maximize=options,
         sums=True,
-    )()
+        stochastic_rounding=small and param == "bf16",
+        origins=visits.origins if small else None,
+    )
+    backend.prepare_adamw_(update)()
 
 
 def reduce_many() -> None:

@@ -5,12 +5,23 @@ from __future__ import annotations
 import pytest
 
 RECORDS = pytest.StashKey[list[dict]]()
-ELEMENTS = 4  # of AdamW that a thread moves at a time
+
+
+def dtypes(kernel: str) -> tuple[str, str, str]:
+    """Of gradients, parameters and moments, by a name as in "adamw bf16/fp32/bf16 flat"; fp32 if unnamed."""
+    grad, param, moment = [*kernel.split()[1].rstrip(",").split("/"), "fp32"][:3]
+    return grad, param, moment
+
+
+def elements(kernel: str) -> int:
+    """Of AdamW that a thread moves at a time."""
+    wide = "fp32" not in dtypes(kernel) and not kernel.endswith(("all options", "states"))
+    return 8 if wide else 4
 
 
 def stored(record) -> float:
     """Bytes an element that an AdamW kernel writes on its path for whole chunks."""
-    return (16 * record["stores"].get("128", 0) + 8 * record["stores"].get("64", 0)) / ELEMENTS
+    return (16 * record["stores"].get("128", 0) + 8 * record["stores"].get("64", 0)) / elements(record["kernel"])
 
 
 @pytest.fixture(name="stored")
@@ -23,8 +34,8 @@ def by_hand():
     """What AdamW must write an element: parameter and moments; with all options ema, previous and a zeroed gradient."""
 
     def count(kernel: str, options: bool) -> int:
-        grad, param = (4 if dtype == "fp32" else 2 for dtype in kernel.split()[1].split("/"))
-        return param + 8 + (8 + grad if options else 0)
+        grad, param, moment = (4 if dtype == "fp32" else 2 for dtype in dtypes(kernel))
+        return param + 2 * moment + (8 + grad if options else 0)
 
     return count
 

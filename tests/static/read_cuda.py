@@ -24,7 +24,7 @@ import grgauge_kernels
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
-DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+DTYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "sbf16": "bf16", "__half": "fp16"}
 
 
 def library() -> Path | None:
@@ -43,17 +43,26 @@ def disassembler() -> str | None:
     return shutil.which("cuobjdump") or packaged
 
 
+def demangled(name: str) -> str:
+    return subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def kernel_name(mangled: str) -> str | None:
     """ "adamw bf16/fp32" and the like; None for a kernel of someone else."""
     if re.search(r"\d3addE", mangled):
         return "sums"
-    found = re.search(r"visit_chunkI(f|13__nv_bfloat16|6__half)(\w+?)Lb(\d)ELb(\d)ELi(\d)E", mangled)
+    found = re.search(r"visit_chunk<(.*)>", demangled(mangled))
     if not found:
         return None
-    grad, param, adamw, states, _ = found.groups()
-    if adamw == "1":
-        return f"adamw {DTYPES[grad]}/{DTYPES.get(param, DTYPES[grad])}"  # a name that comes again is abbreviated
-    return f"measure {DTYPES[grad]}{', states' if states == '1' else ''}"
+    grad, param, moment, adamw, states, _ = (part.split(")")[-1].split("::")[-1] for part in found[1].split(", "))
+    with_states = ", states" if states == "true" else ""
+    if adamw == "false":
+        return f"measure {DTYPES[grad]}{with_states}"
+    moments = "" if moment == "float" else "/bf16"
+    stochastic = ", stochastic" if param == "sbf16" else ""
+    # There are two kernels, with states and without, only where all streams are two bytes wide.
+    narrow = grad != "float" and param != "float" and moments
+    return f"adamw {DTYPES[grad]}/{DTYPES[param]}{moments}{stochastic}{with_states if narrow else ''}"
 
 
 def records(architecture: str) -> Iterator[dict[str, Any]]:
