@@ -4,6 +4,7 @@
     Temporal       for GR_T
     Spatial        for GR_S and the noise scale: S and G2 are smoothed apart, and only then divided
     CriticalPeriod for the critical learning period: is the gradient norm still on its way
+    thin           a curve of bounded length
 
 A measurement that is not finite is no error: `update` leaves its state as it was and returns False.
 """
@@ -13,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import NormalDist
+from typing import TypeVar
 
 from ._validation import require, require_batch
 from .estimators import gr_s, gr_t
 from .theory import finite_time_factor
 
-__all__ = ["CriticalPeriod", "Mean", "Spatial", "Temporal"]
+__all__ = ["CriticalPeriod", "Mean", "Spatial", "Temporal", "thin"]
+
+T = TypeVar("T")
 
 State = dict[str, float]
 
@@ -446,3 +450,8 @@ class CriticalPeriod:
 def _root(variance: float) -> float:
     """The square root of a variance put together from parts, which rounding may leave a hair below 0."""
     return math.sqrt(variance) if variance > 0.0 or math.isnan(variance) else 0.0
+
+
+def thin(points: list[T], most: int) -> list[T]:
+    """A curve of at most that many points: where there are more, every second of its older half goes."""
+    return points[: most // 2 : 2] + points[most // 2 :] if len(points) > most else points
