@@ -216,7 +216,7 @@ def test_after_an_error_the_same_call_goes_on(regression, go):
     fails = False
     result = go(train, orders={}, start=Config(0.01, 32))
     assert [trial.state for trial in result.trials] == ["FAIL", "COMPLETE"]
-    assert sum(size for size, _, _ in seen) == 512
+    assert sum(size for size, _, _ in seen) == 544  # the step that it failed after was not yet saved
 
 
 def test_a_storage_url_keeps_checkpoints_where_asked(regression, go, tmp_path):

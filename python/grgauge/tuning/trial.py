@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..invariance import decay_within
 from ..policy import REPEAT, Config, Continue, Decision, Retune, Stop
 from . import state as states
 from .data import Data
 from .errors import StorageError, TrainingError
-from .fingerprint import Fingerprint
 from .loop import Loop
+from .origin import Origin
 from .records import TrialRecord, in_words
-from .study import AGAIN, Trials
+from .study import Trials
 from .view import View
 
 log = logging.getLogger(__name__)
@@ -43,9 +42,7 @@ class Trial(View):
     _live: dict[str, Any] | None  # what `watch` has to restore
     _snapshot: str | None  # the checkpoint of weights to go back to
     _stopped: bool
-    _shapes: dict[str, list[int]] | None  # of the study's parameters; None before the first model
-    _data: list[Fingerprint]  # of all data that the study has been trained on
-    _known: bool  # data of this process have been compared with those
+    _origin: Origin  # what the study was begun with
 
     def __init__(
         self,
@@ -66,7 +63,6 @@ class Trial(View):
         if "weight_decay" in bounds:
             loop.config = replace(loop.config, weight_decay=self._held(loop.config))
         self._start = loop.config
-        self._known = False
         self._load()
         self.was_finished = self._over()
         self.ended = [record for record in trials.records() if record.state is not None]
@@ -86,7 +82,7 @@ class Trial(View):
         """
         loop = self._loop
         loop.watch(model, optimizer, *others)
-        self._compare_shapes()
+        self._origin.compare_model(loop.module)
         if loop.world.size > 1:  # with the same dropout, gradients would agree more than the ranks' samples do
             states.seed_all(loop.seed + 1 + loop.world.rank)
         if self._live is not None:
@@ -120,7 +116,7 @@ class Trial(View):
         with; TypeError for other kinds of data.
         """
         drawn_from = self._loop.source(data)
-        self._compare_data(drawn_from.fingerprint())
+        self._origin.compare_data(drawn_from.fingerprint())
         yield from self._loop.batches(drawn_from, self._over, self._after_step)
 
     def step(self, loss: Tensor) -> bool:
@@ -321,35 +317,6 @@ class Trial(View):
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    # --- the same study? ----------------------------------------------------------------------------------------------
-
-    def _compare_shapes(self) -> None:
-        named = self._loop.module.named_parameters()
-        shapes = {name: list(p.shape) for name, p in named if not is_lazy(p)}
-        for name in () if self._shapes is None else {**shapes, **self._shapes}:
-            now, then = shapes.get(name, "missing"), (self._shapes or {}).get(name, "without it")
-            if now != then:
-                raise TrainingError(
-                    f"parameter {name!r} is {now}, but study {self._trials.name!r} was begun with {then}: use another "
-                    f"study_name for another model, or {AGAIN}"
-                )
-        self._shapes = shapes
-
-    def _compare_data(self, found: Fingerprint | None) -> None:
-        """The first data of a process must be among those that the study has seen; later ones may be of a new phase."""
-        if found is None:
-            return
-        if not any(not found.differs(seen) for seen in self._data):
-            if self._data and not self._known:
-                seen = self._data[0]
-                raise TrainingError(
-                    f"data has {found.samples} samples, but study {self._trials.name!r} was begun with "
-                    + (f"{seen.samples}" if seen.samples != found.samples else "other samples, as many")
-                    + f": use another study_name for other data, or {AGAIN}"
-                )
-            self._data.append(found)
-        self._known = True
-
     # --- what survives ------------------------------------------------------------------------------------------------
 
     def _collected(self) -> dict[str, Any]:
@@ -367,8 +334,7 @@ class Trial(View):
             "snapshot": self._snapshot,
             "stopped": self._stopped,
             "micro_batch": self._loop.micro_batch,
-            "shapes": self._shapes,
-            "data": [asdict(seen) for seen in self._data],
+            "origin": self._origin.state_dict(),
         }
         if self._loop.world.rank == 0:
             self._checkpoints.save_last(state)
@@ -391,11 +357,11 @@ class Trial(View):
             loop.config = self._start
             loop.policy.load_state_dict(self._fresh_policy)
             self.record = TrialRecord(**asdict(loop.config))
-            self._shapes, self._data = None, []
+            self._origin = Origin(self._trials.name)
             return
         loop.policy.load_state_dict(saved["policy"])
         self.record, self.used = TrialRecord(**saved["record"]), saved["used"]
-        self._shapes, self._data = saved["shapes"], [Fingerprint(**seen) for seen in saved["data"]]
+        self._origin = Origin(self._trials.name, saved["origin"])
         loop.config = self.record.config
         self._live = None if saved["live"] is None else states.own(saved["live"], loop.world)
         self._snapshot, self._stopped = saved["snapshot"], saved["stopped"]
