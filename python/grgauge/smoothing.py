@@ -3,6 +3,7 @@
     Mean      bias-corrected exponential moving mean of a float, with its standard error
     Temporal  for GR_T
     Spatial   for GR_S and the noise scale: S and G2 are smoothed apart, and only then divided
+    thin      a curve of bounded length
 
 A measurement that is not finite is no error: `update` leaves its state as it was and returns False.
 """
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 from ._validation import require
 from .estimators import gr_s, gr_t
 from .theory import finite_time_factor
 
-__all__ = ["Mean", "Spatial", "Temporal"]
+__all__ = ["Mean", "Spatial", "Temporal", "thin"]
+
+T = TypeVar("T")
 
 State = dict[str, float]
 
@@ -345,3 +349,8 @@ class Spatial:
 def _root(variance: float) -> float:
     """The square root of a variance put together from parts, which rounding may leave a hair below 0."""
     return math.sqrt(variance) if variance > 0.0 or math.isnan(variance) else 0.0
+
+
+def thin(points: list[T], most: int) -> list[T]:
+    """A curve of at most that many points: where there are more, every second of its older half goes."""
+    return points[: most // 2 : 2] + points[most // 2 :] if len(points) > most else points

@@ -57,6 +57,14 @@ def test_help_lists_the_exit_codes(arguments, capsys):
     assert "130  interrupted" in capsys.readouterr().out
 
 
+def test_a_closed_stdout_is_no_traceback():
+    command = [sys.executable, "-c", "import sys; from grgauge.cli import main; sys.exit(main())", "doctor"]
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["--version"])

@@ -102,9 +102,7 @@ def test_a_gauged_run_ends_in_the_same_bits():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(
-        ValueError, match=r"state_dtype is torch\.float16; it must be"
-    ):
+    with pytest.raises(ValueError, match=r"state_dtype is torch\.float16; it must be"):
         AdamW(parameters(), state_dtype=torch.float16)
 
 

@@ -13,7 +13,7 @@ import torch
 from torchrun import torchrun
 from tuning import failing_ranks, ranks
 
-from grgauge.tuning.data import source
+from grgauge.tuning.data import Cuts, source
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def test_ranks_share_the_batches_that_one_process_would_take(two):
     alone = source(ranks.dataset(), 0)
     assert len({size for _, size in batches}) > 1
     for (at, size), (rows, others) in batches.items():
-        expected = alone.draw(at, size)[0][:, 0].tolist()
+        ((_, drawn),) = alone.draw(at, 1, Cuts(size, None, 5, 1))
+        expected = drawn[0][:, 0].tolist()
         assert [rows, others] == [expected[::2], expected[1::2]]
 
 
@@ -154,7 +155,9 @@ def test_two_ranks_go_on_where_one_process_stopped(two):
         ]
     rows = [row for results in two for part in results["begun_by_one"]["seen"] for row in part]
     alone = source(ranks.dataset(), 0)
-    expected = [row for at in range(800, 1600, 32) for row in alone.draw(at, 32)[0][:, 0].tolist()]
+    cuts = Cuts(32, None, 5, 1)
+    drawn = [batch for at in range(800, 1600, 32) for _, batch in alone.draw(at, 1, cuts)]
+    expected = [row for rows, _ in drawn for row in rows[:, 0].tolist()]
     assert sorted(rows) == sorted(expected)
 
 

@@ -306,7 +306,7 @@ def test_a_function_of_the_batch_size_makes_the_loader(regression, go):
             trial.step(F.mse_loss(model(x)[:, 0], y))
 
     go(train, orders={300: retune(Config(0.01, 60))}, start=Config(0.01, 30), every=1000, budget=900)
-    assert seen == [30] * 10 + [60] * 10
+    assert seen == [15] * 20 + [30] * 20
 
 
 class Stream(IterableDataset):

@@ -44,6 +44,9 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: `grgauge doctor >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an ASCII terminal shows "?" for "×", rather than a traceback
             stream.reconfigure(errors="replace")
@@ -115,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "      trial.watch(model, optimizer)\n"
         "      for x, y in trial.batches(dataset):\n"
         "          trial.step(loss_of(model(x), y))\n\n"
-        "Killed or interrupted, the same command goes on from the newest checkpoint. "
+        "Killed or interrupted, the same command goes on from the newest checkpoint; finished, it trains nothing. "
         "Needs optuna: " + INSTALL_TUNE,
         epilog=EXIT_CODES,
         formatter_class=layout,
@@ -124,21 +127,34 @@ def _parser() -> argparse.ArgumentParser:
         "target", nargs="?", metavar="FILE:FUNCTION", help="the training function: path/to/train.py:train"
     )
     tune.add_argument("--demo", action="store_true", help="a small character transformer in place of FILE:FUNCTION")
-    tune.add_argument("--lr", type=_range, default=(1e-5, 1.0), metavar="LOW:HIGH", help="default: 1e-5:1")
     tune.add_argument(
-        "--batch", type=_whole_range, default=(8, 512), metavar="LOW:HIGH", help="in samples (default: 8:512)"
+        "--lr", type=_range, default=(1e-5, 1.0), metavar="LOW:HIGH", help="or one number (default: 1e-5:1)"
+    )
+    tune.add_argument(
+        "--batch",
+        type=_whole_range,
+        default=(8, 512),
+        metavar="LOW:HIGH",
+        help="in samples, or one number (default: 8:512)",
     )
     tune.add_argument(
         "--weight-decay",
-        type=_decays,
+        type=_range,
         metavar="LOW:HIGH",
         help="held in the middle or below, as gauges do not read it; the verdict says whether that matters (default: "
         "the function's own)",
     )
-    tune.add_argument("--budget", type=_samples, help=f"in all, as 200000samples (with --demo: {DEMO_BUDGET}samples)")
+    tune.add_argument(
+        "--budget", type=_samples, help=f"in all, as 200000samples or 2e5 (with --demo: {DEMO_BUDGET}samples)"
+    )
     tune.add_argument("--start", type=_start, metavar="LR:BATCH", help="where to begin (default: below the middle)")
     tune.add_argument("--storage", default="grgauge.db", help="SQLite file or Optuna URL (default: grgauge.db)")
     tune.add_argument("--study", help="name of the study (default: that of the function)")
+    tune.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin again; a study of that name is kept as NAME-1, NAME-2, ... After a kill, leave it out to go on",
+    )
     tune.add_argument("--policy", choices=("default", "paper"), default="default", help="rules (default: default)")
     tune.add_argument("--micro-batch", type=_count, help="samples of one backward pass, at most (default: all)")
     tune.add_argument("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="default: 30")
@@ -181,9 +197,11 @@ def _count(argument: str) -> int:
 
 def _range(argument: str) -> tuple[float, float]:
     low, colon, high = argument.partition(":")
-    ends = (float(low), float(high)) if colon else (math.nan, math.nan)
+    ends = float(low), float(high if colon else low)
     if not 0.0 < ends[0] <= ends[1] < math.inf:
-        raise argparse.ArgumentTypeError(f"{argument} is no range; it must be LOW:HIGH with 0 < LOW <= HIGH")
+        raise argparse.ArgumentTypeError(
+            f"{argument} is no range; it must be LOW:HIGH with 0 < LOW <= HIGH, or one number above 0"
+        )
     return ends
 
 
@@ -194,12 +212,9 @@ def _whole_range(argument: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _decays(argument: str) -> tuple[float, float]:
-    return _range(argument if ":" in argument else f"{argument}:{argument}")
-
-
 def _samples(argument: str) -> int:
-    return _count(argument.removesuffix("samples").replace("_", ""))
+    number = argument.removesuffix("samples").replace("_", "")
+    return _count(str(int(float(number))) if float(number).is_integer() else number)
 
 
 def _start(argument: str) -> tuple[float, int]:
@@ -361,6 +376,7 @@ def _tune(options: argparse.Namespace) -> int:
                 budget=budget,
                 storage=options.storage,
                 study_name=options.study or name,
+                fresh=options.fresh,
                 policy={"default": Policy.default, "paper": Policy.paper}[options.policy],
                 start=None if start is None else Config(*start),
                 seed=options.seed,

@@ -115,26 +115,26 @@ def tune_live(budget: int) -> Iterator[Callable[[Trial], None]]:
 def _trials(trial: Trial) -> Table:
     from rich.table import Table
 
-    running = [trial.segment] if trial.segment.state is None else []
-    segments = [*(segment for segment in trial.ended if segment is not trial.segment), *running]
-    hidden = max(len(segments) - ROWS, 0)
+    running = [trial.record] if trial.record.state is None else []
+    records = [*(record for record in trial.ended if record is not trial.record), *running]
+    hidden = max(len(records) - ROWS, 0)
     table = Table(caption=f"{hidden} earlier trials are not shown." if hidden else None, caption_justify="left")
     for name in ("trial", "from", "lr", "batch", "samples", "loss", "GR_T", "GR_S"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why it ended", min_width=20)
     style = {"COMPLETE": "", "PRUNED": "yellow", "FAIL": "red", None: "bold"}
-    for segment in segments[hidden:]:
-        newest = segment.readings[-1] if segment.readings else {"gr_t": None, "gr_s": None}
+    for record in records[hidden:]:
+        newest = record.readings[-1] if record.readings else {"gr_t": None, "gr_s": None}
         gauges = zip((newest["gr_t"], newest["gr_s"]), (".1f", ".2f"), strict=True)
         table.add_row(
-            "–" if segment.number is None else f"{segment.number}",
-            "–" if segment.parent is None else f"{segment.parent}",
-            f"{segment.lr:.2e}",
-            f"{segment.batch_size}",
-            f"{segment.samples}",
-            "–" if math.isnan(segment.loss) else f"{segment.loss:.3g}",
+            "–" if record.number is None else f"{record.number}",
+            "–" if record.parent is None else f"{record.parent}",
+            f"{record.lr:.2e}",
+            f"{record.batch_size}",
+            f"{record.samples}",
+            "–" if math.isnan(record.loss) else f"{record.loss:.3g}",
             *("–" if value is None else f"{value:{spec}}" for value, spec in gauges),
-            segment.reason or "running",
-            style=style[segment.state],
+            record.reason or "running",
+            style=style[record.state],
         )
     return table

@@ -6,13 +6,11 @@ RuleSet                    what a policy of one's own must have
 """
 
 from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
-from .measured import REPEAT
 from .policy import Policy
 from .protocol import RuleSet
 from .target import Target, verdict
 
 __all__ = [
-    "REPEAT",
     "Config",
     "Continue",
     "Decision",

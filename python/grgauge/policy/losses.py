@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..smoothing import thin
 from .course import restored
 from .rules import RULES
 
@@ -55,9 +56,7 @@ class Losses:
         mean = self.total / self.count
         self.curve.append(Block(samples, mean))
         self.total, self.count, self.size = 0.0, 0, self.count
-        half = RULES.kept_blocks // 2
-        if len(self.curve) > RULES.kept_blocks:
-            self.curve = self.curve[:half:2] + self.curve[half:]
+        self.curve = thin(self.curve, RULES.kept_blocks)
         return mean
 
     def level(self, blocks: int, since: float = -math.inf) -> float | None:

@@ -18,9 +18,6 @@ from .losses import Losses
 from .rules import RULES
 from .settings import Settings
 
-REPEAT = "repeat"
-"""The rule by which a trial that would be equivalent to one before is not run."""
-
 
 @dataclass
 class SavedWeights:
@@ -471,7 +468,7 @@ class Measured:
         ):
             new, s.repeated = not s.repeated, True
             reason = f"{reason}, but {to} is equivalent to a trial that was run, and not run again"
-            return Continue(reason, replace(evidence, rule=REPEAT) if new else evidence, notable=new)
+            return Continue(reason, replace(evidence, rule="repeat") if new else evidence, notable=new)
         return self._restart(lr, old.batch_size, reason, evidence)
 
     def _restart(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..policy import Target
+from ..tuning import storage_url
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage, RDBStorage
@@ -223,13 +224,17 @@ def load(storage: str | Path | BaseStorage, study_name: str | None = None) -> St
 def _open(storage: str) -> RDBStorage:
     from optuna.exceptions import OptunaError
     from optuna.storages import RDBStorage
+    from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    url = storage if "://" in storage else f"sqlite:///{storage}"
-    file = re.fullmatch(r"sqlite:///([^?]+)", url)
+    try:
+        url = storage_url(storage)
+        database = make_url(url).database if url.startswith("sqlite:") else None
+    except (SQLAlchemyError, ValueError) as error:
+        raise _unreadable(storage, error) from error
     # SQLite would make the file, and Optuna its tables, where somebody mistyped a name
-    if file and not Path(file[1]).is_file():
-        raise ReportError(f"there is no file {file[1]}")
+    if database is not None and not Path(database).is_file():
+        raise ReportError(f"there is no file {database if '://' in storage else storage}")
     try:
         return RDBStorage(url, skip_table_creation=True)
     except (SQLAlchemyError, OptunaError, ImportError, RuntimeError, ValueError) as error:

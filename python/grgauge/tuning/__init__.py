@@ -4,8 +4,11 @@ tune, Trial, Result        a training function, run at a configuration found on 
 Advisor, Autopilot         say, or do, within one run what the policy decides
 """
 
-from .advisor import Advisor, Autopilot
-from .ranks import TrainingError
-from .tuner import Result, Trial, tune
+from .advisor import Advisor
+from .autopilot import Autopilot
+from .errors import TrainingError
+from .study import storage_url
+from .trial import Trial
+from .tuner import Result, tune
 
-__all__ = ["Advisor", "Autopilot", "Result", "TrainingError", "Trial", "tune"]
+__all__ = ["Advisor", "Autopilot", "Result", "TrainingError", "Trial", "storage_url", "tune"]

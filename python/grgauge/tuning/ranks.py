@@ -1,8 +1,8 @@
-"""The processes that train one model together, and what is spread over them.
+"""The processes that train one model together, and what is sharded over them.
 
-World        a process group
-unreduced    gradients left to accumulate on each rank
-unsharded, spread   a state with sharded tensors in one piece, and back
+World           a process group
+no_sync         gradients accumulate on each rank
+unshard, shard  a state with sharded tensors in one piece, and back
 """
 
 from __future__ import annotations
@@ -17,18 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import is_sharded
+from .errors import TrainingError
 
 T = TypeVar("T")
-
-
-class TrainingError(Exception):
-    """Training cannot go on; the message says why and what to do."""
 
 
 class World:
     """The processes that train one model together: a process group, torch.distributed's default one or this one alone.
 
-    All ranks call `mean`, `same`, `told`, `first` and `gathered` alike, in the same order.
+    Its methods are collective: all ranks call them in the same order.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -37,29 +34,29 @@ class World:
         self._group = group
 
     def mean(self, value: Tensor) -> float:
-        """The mean over ranks."""
+        """The mean over ranks, by an all_reduce."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value, group=self._group)
         return float(value) / self.size
 
-    def same(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
-        told = [value]
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(told, group=self._group, group_src=0)
-        return told[0]
+            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
 
-    def told(self, value: T, device: torch.device) -> T | None:
-        """Rank 0's value, on all ranks; None costs no more than one byte on that device."""
+    def broadcast_if_any(self, value: T, device: torch.device) -> T:
+        """Rank 0's value, on all ranks, which give None; if it is None too, that costs one byte on that device."""
         if self.size > 1:
             anything = torch.tensor(value is not None, dtype=torch.uint8, device=device)
             dist.broadcast(anything, group=self._group, group_src=0)
-            return self.same(value) if anything else None
+            return self.broadcast(value) if anything else value
         return value
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on all ranks. Where it raises, all ranks do: the others a TrainingError that names it."""
+    def on_rank_0(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on all ranks. If it raises, all ranks do: the others a TrainingError that names it."""
         made: list[Any] = [None, None]
         try:
             if self.rank == 0:
@@ -68,13 +65,13 @@ class World:
             made[1] = f"{type(error).__name__}: {error}"
             raise
         finally:
-            made = self.same(made)
+            made = self.broadcast(made)
         if made[1] is not None:
             raise TrainingError(f"rank 0 raised {made[1]}")
         value: T = made[0]
         return value
 
-    def gathered(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks, on rank 0; an empty list on the others."""
         if self.size == 1:
             return [value]
@@ -84,8 +81,8 @@ class World:
 
 
 @contextmanager
-def unreduced(model: nn.Module) -> Iterator[None]:
-    """Gradients are left to accumulate on each rank."""
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Gradients accumulate on each rank, and are not reduced."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -100,19 +97,19 @@ def unreduced(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def unsharded(state: Any) -> Any:
+def unshard(state: Any) -> Any:
     """A state with its sharded tensors in one piece, on the host; all ranks take part."""
     if isinstance(state, dict):
-        return {key: unsharded(value) for key, value in state.items()}
+        return {key: unshard(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [unsharded(value) for value in state]
+        return [unshard(value) for value in state]
     return state.full_tensor().cpu() if is_sharded(state) else state
 
 
-def spread(state: Any, like: Any) -> Any:
+def shard(state: Any, like: Any) -> Any:
     """A state in which the tensors are sharded that are so in `like`."""
     if isinstance(state, dict) and isinstance(like, dict):
-        return {key: spread(value, like.get(key)) for key, value in state.items()}
+        return {key: shard(value, like.get(key)) for key, value in state.items()}
     if not is_sharded(like) or is_sharded(state):
         return state
     from torch.distributed.tensor import distribute_tensor

@@ -1,32 +1,34 @@
-"""Trials that survive: an Optuna study for people to look at, and checkpoints to go on from.
+"""Trials as an Optuna study, for people and reports to look at.
 
 The checkpoint is what counts. It names the trial that is running and the one that ended last, so that the study can be
 brought up to date with it after a `kill -9` at any moment. One Optuna trial is a stretch at one configuration. Of
-several ranks the first alone writes either; all read the checkpoint.
+several ranks rank 0 alone reads and writes the study.
 
 params      lr, batch_size, weight_decay (where the optimizer has one)
 value       final training loss, the mean of the last 20 steps. COMPLETE: its weights were carried on, or are the
             result; PRUNED: stopped early; FAIL: the training function failed
-user_attrs  of a trial: those of `Segment`, and "error" where it failed
+user_attrs  of a trial: those of `TrialRecord`, and "error" where it failed
             of the study: "target", "space", "budget", "used", "verdict", "recommendation"
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..policy import Config, Decision, Retune, Stop
-from ..reading import Reading
+from filelock import FileLock, Timeout
+
+from .checkpoints import Checkpoints
+from .errors import StorageError
 from .ranks import World
-from .training import frozen, thawed
+from .records import TrialRecord
 
 if TYPE_CHECKING:
     import optuna
@@ -34,121 +36,59 @@ if TYPE_CHECKING:
 Method = TypeVar("Method", bound=Callable[..., None])
 
 INSTALL = "pip install 'grgauge-kernels[tune]'"
-KEPT = 300
-"""Points of a curve that are kept; beyond, every second of its older half goes."""
-LAST = 20
-"""Steps that the final loss is a mean of."""
+AGAIN = "fresh=True begins again"
 
 
-@dataclass
-class Segment:
-    """A stretch of training at one configuration, of one line of weights.
+def storage_url(storage: str | Path) -> str:
+    """The URL of an SQLite file, whatever characters its path has; a URL as it is."""
+    if "://" in str(storage):
+        return str(storage)
+    from sqlalchemy import URL, make_url
 
-    parent         number of the trial whose weights it inherited, None if it began untrained
-    start_samples  samples that the whole study had taken when it began
-    samples        it took
-    seconds        it took
-    readings       {samples, step, gr_t, gr_t_error, settled, gr_s, gr_s_error, noise_scale, grad_norm, ready} each
-    losses         [samples, mean loss since the point before] each; `samples` here and in readings are the study's
-                   total then, counted from where `start_samples` is
-    notes          what happened on the way, in words
-    reason         why it ended, in words
-    decision       {"kind": "continue" | "retune" | "stop" | "fail", "rule": name, "evidence": {...}}
-    state          of Optuna's trial, None while it runs
-    last           losses of the newest steps
-    """
-
-    lr: float
-    batch_size: int
-    weight_decay: float | None
-    parent: int | None = None
-    start_samples: int = 0
-    number: int | None = None
-    samples: int = 0
-    seconds: float = 0.0
-    readings: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    reason: str = ""
-    decision: dict[str, Any] = field(default_factory=dict)
-    state: str | None = None
-    error: str | None = None
-    last: list[float] = field(default_factory=list)
-    pending: list[float] = field(default_factory=list)
-
-    @property
-    def config(self) -> Config:
-        return Config(self.lr, self.batch_size, self.weight_decay)
-
-    @property
-    def loss(self) -> float:
-        """Mean of the last steps; nan before the first."""
-        return sum(self.last) / len(self.last) if self.last else math.nan
-
-    def add(self, loss: float, samples: int, used: int, seconds: float, reading: Reading | None) -> None:
-        """One step, the reading that it made, and the study's total behind it."""
-        self.samples, self.seconds = self.samples + samples, self.seconds + seconds
-        self.last = [*self.last[1 - LAST :], loss]
-        self.pending.append(loss)
-        if reading is not None:
-            kept = ("step", "gr_t", "gr_t_error", "settled", "gr_s", "gr_s_error", "noise_scale", "grad_norm", "ready")
-            self.readings.append({"samples": used, **{name: _finite(getattr(reading, name)) for name in kept}})
-            self.mark(used)
-            _thin(self.readings)
-
-    def mark(self, used: int) -> None:
-        """End a point of the loss curve."""
-        if self.pending:
-            mean = sum(self.pending) / len(self.pending)
-            self.pending = []
-            if math.isfinite(mean):
-                self.losses.append([used, mean])
-                _thin(self.losses)
-
-    def end(self, state: str, reason: str, decision: dict[str, Any]) -> None:
-        self.state, self.reason, self.decision = state, reason, decision
-        self.mark(self.start_samples + self.samples)
-
-    def attributes(self) -> dict[str, Any]:
-        """What is stored of it as user attributes."""
-        left_out = {"lr", "batch_size", "weight_decay", "number", "state", "last", "pending"}
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in left_out and not (name == "error" and value is None)
-        }
-
-
-def words_of(decision: Decision) -> dict[str, Any]:
-    """A decision as plain values."""
-    kind = "retune" if isinstance(decision, Retune) else "stop" if isinstance(decision, Stop) else "continue"
-    evidence = {name: _finite(value) for name, value in asdict(decision.evidence).items() if name != "rule"}
-    return {"kind": kind, "rule": decision.evidence.rule, "evidence": evidence}
+    path = str(Path(storage).absolute())
+    url = URL.create("sqlite", database=path).render_as_string()
+    if make_url(url).database != path:
+        raise ValueError(f"storage {storage} has characters that this SQLAlchemy cannot express; version 2.1 can")
+    return url
 
 
 def _by_rank_0(method: Method) -> Method:
-    """A method that does nothing on the other ranks."""
+    """A method that does nothing on the other ranks, and raises StorageError if the database cannot be written."""
 
     @wraps(method)
     def only(self: Trials, *arguments: Any, **named: Any) -> None:
-        if self._world.rank == 0:
+        if self._world.rank > 0:
+            return
+        try:
             method(self, *arguments, **named)
+        except self._errors as error:
+            cause = error.__cause__ or error
+            raise StorageError(
+                f"storage {self.storage} cannot be written: {getattr(cause, 'orig', cause)}. Nothing that was written "
+                "before is lost: make room, and the same call goes on from the newest checkpoint"
+            ) from error
 
     return cast(Method, only)
 
 
 class Trials:
-    """An Optuna study and a folder of checkpoints.
+    """An Optuna study, and the folder of its checkpoints. Use it as a context manager: while it is open, no other
+    process can open the same study.
 
     storage   path of an SQLite file, or the URL of any Optuna storage
     name      of the study
     folder    for checkpoints; None: beside the SQLite file, else "grgauge.checkpoints" here
     settings  what a study must have been begun with to be continued
     world     the ranks that train together; `study` is rank 0's alone
+    fresh     begin again; a study of that name is kept, with its checkpoints, under the name and a number
 
-    Raises ImportError without Optuna; ValueError if the storage cannot be opened, if the study was begun with other
-    settings, or if it has trials but no checkpoint in the folder. Ranks other than 0 raise a TrainingError with it.
+    Raises ImportError without Optuna; ValueError if the storage cannot be opened, if another process has the study
+    open, if the study was begun with other settings, or if it has trials but no checkpoint in the folder. Ranks other
+    than 0 raise a TrainingError with it.
     """
+
+    _lock: FileLock | None = None
+    _errors: tuple[type[Exception], ...]  # of a storage that cannot be written
 
     def __init__(
         self,
@@ -157,99 +97,158 @@ class Trials:
         folder: str | Path | None,
         settings: Mapping[str, Any],
         world: World,
+        fresh: bool = False,
     ) -> None:
-        self._world = world
-        self.folder = world.first(lambda: self._open(storage, name, folder, settings))
+        self.storage, self.name, self._world = storage, name, world
+        own = "grgauge.checkpoints" if "://" in str(storage) else f"{storage}.checkpoints"
+        base = Path(own if folder is None else folder)
+        try:
+            self.checkpoints = Checkpoints(world.on_rank_0(lambda: self._open(base, settings, fresh)))
+        except BaseException:
+            self.close()
+            raise
 
-    def _open(self, storage: str | Path, name: str, folder: str | Path | None, settings: Mapping[str, Any]) -> Path:
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _open(self, base: Path, settings: Mapping[str, Any], fresh: bool) -> Path:
         """Open the study, or make it; the folder of its checkpoints."""
         try:
             import optuna
+            from sqlalchemy.exc import SQLAlchemyError
         except ImportError as error:
             raise ImportError(f"grgauge.tune() stores its trials with optuna: {INSTALL}") from error
-        url = str(storage)
-        if "://" not in url:
-            folder = folder or Path(f"{url}.checkpoints")
-            Path(url).absolute().parent.mkdir(parents=True, exist_ok=True)
-            url = f"sqlite:///{Path(url).absolute()}"
+        self._errors = (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
+        url = storage_url(self.storage)
+        file = "://" not in str(self.storage)  # else there may be no such storage, and then nothing is to be made
         try:
-            self.study: optuna.Study = optuna.create_study(
-                storage=url, study_name=name, direction="minimize", load_if_exists=True
-            )
+            if file:
+                Path(self.storage).absolute().parent.mkdir(parents=True, exist_ok=True)
+                base.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unopened(error) from error
+        if file:
+            self._acquire(base, url)
+        try:
+            opened = optuna.storages.get_storage(url)
         except Exception as error:  # of Optuna, of SQLAlchemy or of the database's own driver
-            raise ValueError(f"storage {storage} cannot be opened: {type(error).__name__}: {error}") from error
-        attributes = self.study.user_attrs
-        if not {"id", *settings} <= set(attributes):  # also where the first command was killed in the middle of it
-            for key, value in {**settings, "id": uuid.uuid4().hex[:8]}.items():
+            raise self._unopened(error) from error
+        if not file:
+            base.mkdir(parents=True, exist_ok=True)
+            self._acquire(base, url)
+        if fresh:
+            self._set_aside(opened, base)
+        self.study: optuna.Study = optuna.create_study(
+            storage=opened, study_name=self.name, direction="minimize", load_if_exists=True
+        )
+        for key, value in {**settings, "id": uuid.uuid4().hex[:8]}.items():
+            if key not in self.study.user_attrs:
                 self.study.set_user_attr(key, value)
-            attributes = self.study.user_attrs
+        attributes = self.study.user_attrs
         for key, value in settings.items():
             if attributes[key] != value:
                 raise ValueError(
-                    f"{key} is {value}, but study {name!r} in {storage} was begun with {attributes[key]}; it must be "
-                    "the same to go on, or study_name another one"
+                    f"{key} is {value!r}, but study {self.name!r} in {self.storage} was begun with "
+                    f"{attributes[key]!r}; it must be the same to go on, or study_name another one, or {AGAIN}"
                 )
-        path = Path(folder or "grgauge.checkpoints") / f"{_plain(name)}-{attributes['id']}"
+        path = base / _folder(self.name, attributes["id"])
         ended = [trial for trial in self._trials() if trial.state.name in ("COMPLETE", "PRUNED")]
-        if ended and not (path / "last.pt").exists():
+        if ended and not Checkpoints(path):
             raise ValueError(
-                f"study {name!r} in {storage} has trials, but {path} has no checkpoint to go on from; "
-                "checkpoint_dir must be the folder that it was begun with, or study_name another one"
+                f"study {self.name!r} in {self.storage} has trials, but {path} has no checkpoint to go on from; "
+                f"checkpoint_dir must be the folder that it was begun with, or study_name another one, or {AGAIN}"
             )
         return path
+
+    def _unopened(self, error: Exception) -> ValueError:
+        return ValueError(f"storage {self.storage} cannot be opened: {type(error).__name__}: {error}")
+
+    def _acquire(self, base: Path, url: str) -> None:
+        """Lock the study. The system keeps the lock, and drops it with the process, however that dies."""
+        of = hashlib.sha256(url.encode()).hexdigest()[:6]
+        lock = FileLock(base / f"{_plain(self.name)}-{of}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"study {self.name!r} in {self.storage} is being trained by another process, which holds "
+                f"{lock.lock_file}: wait for it or end it, or choose another study_name"
+            ) from None
+        self._lock = lock
+
+    def _set_aside(self, storage: optuna.storages.BaseStorage, base: Path) -> None:
+        """Keep a study of that name, and its checkpoints, under the first name-1, name-2, ... that is free."""
+        import optuna
+
+        studies = {study.study_name: study for study in storage.get_all_studies()}
+        if self.name not in studies:
+            return
+        other = next(name for i in itertools.count(1) if (name := f"{self.name}-{i}") not in studies)
+        optuna.copy_study(from_study_name=self.name, from_storage=storage, to_storage=storage, to_study_name=other)
+        identity = studies[self.name].user_attrs.get("id", "")
+        if (base / _folder(self.name, identity)).exists():
+            os.replace(base / _folder(self.name, identity), base / _folder(other, identity))
+        optuna.delete_study(study_name=self.name, storage=storage)
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
     @_by_rank_0
-    def begin(self, segment: Segment, space: Mapping[str, tuple[float, float]]) -> None:
-        """Give a segment its trial: the one that a killed process left running with these params, else a new one."""
+    def begin(self, record: TrialRecord, space: Mapping[str, tuple[float, float]]) -> None:
+        """Give a record its trial: the one that a killed process left running with these params, else a new one."""
         from optuna.distributions import FloatDistribution, IntDistribution
         from optuna.trial import TrialState, create_trial
 
-        params: dict[str, Any] = {"lr": segment.lr, "batch_size": segment.batch_size}
+        params: dict[str, Any] = {"lr": record.lr, "batch_size": record.batch_size}
         (low, high), (least, most) = space["lr"], space["batch_size"]
         ranges: dict[str, Any] = {
-            "lr": FloatDistribution(min(low, segment.lr), max(high, segment.lr), log=True),
+            "lr": FloatDistribution(min(low, record.lr), max(high, record.lr), log=True),
             "batch_size": IntDistribution(
-                min(int(least), segment.batch_size), max(int(most), segment.batch_size), log=True
+                min(int(least), record.batch_size), max(int(most), record.batch_size), log=True
             ),
         }
-        if segment.weight_decay is not None:
-            params["weight_decay"] = segment.weight_decay
+        if record.weight_decay is not None:
+            params["weight_decay"] = record.weight_decay
             lowest, highest = space.get("weight_decay", (0.0, 1.0))
             ranges["weight_decay"] = FloatDistribution(
-                min(lowest, segment.weight_decay), max(highest, segment.weight_decay), log=lowest > 0.0
+                min(lowest, record.weight_decay), max(highest, record.weight_decay), log=lowest > 0.0
             )
         for trial in self._trials():
             if trial.state == TrialState.RUNNING:
-                if trial.params == params and trial.user_attrs.get("start_samples") == segment.start_samples:
-                    segment.number = trial.number
+                if trial.params == params and trial.user_attrs.get("start_samples") == record.start_samples:
+                    record.number = trial.number
                     return
                 self.study.tell(trial.number, state=TrialState.FAIL)
         self.study.add_trial(
-            create_trial(state=TrialState.RUNNING, params=params, distributions=ranges, user_attrs=segment.attributes())
+            create_trial(state=TrialState.RUNNING, params=params, distributions=ranges, user_attrs=record.attributes())
         )
-        segment.number = self._trials()[-1].number
+        record.number = self._trials()[-1].number
 
     @_by_rank_0
-    def write(self, segment: Segment) -> None:
-        """Bring a segment's trial up to date, and end it if the segment has ended; one that has ended stays."""
+    def write(self, record: TrialRecord) -> None:
+        """Bring a record's trial up to date, and end it if the record has ended; one that has ended stays."""
         import optuna
         from optuna.trial import TrialState
 
-        trial = next(trial for trial in self._trials() if trial.number == segment.number)
+        trial = next(trial for trial in self._trials() if trial.number == record.number)
         if trial.state.is_finished():
             return
         running = optuna.trial.Trial(self.study, trial._trial_id)
-        for name, value in segment.attributes().items():
+        for name, value in record.attributes().items():
             if trial.user_attrs.get(name) != value:
                 running.set_user_attr(name, value)
-        if segment.state is None:
+        if record.state is None:
             return
-        complete = segment.state == "COMPLETE" and math.isfinite(segment.loss)
-        state = TrialState[segment.state] if complete or segment.state == "FAIL" else TrialState.PRUNED
-        self.study.tell(trial.number, segment.loss if complete else None, state)
+        complete = record.state == "COMPLETE" and math.isfinite(record.loss)
+        state = TrialState[record.state] if complete or record.state == "FAIL" else TrialState.PRUNED
+        self.study.tell(trial.number, record.loss if complete else None, state)
 
     @_by_rank_0
     def note(self, **attributes: Any) -> None:
@@ -259,14 +258,14 @@ class Trials:
             if name not in known or known[name] != value:
                 self.study.set_user_attr(name, value)
 
-    def segments(self) -> list[Segment]:
+    def records(self) -> list[TrialRecord]:
         """All trials, in order; for all ranks."""
-        return self._world.first(self._segments)
+        return self._world.on_rank_0(self._records)
 
-    def _segments(self) -> list[Segment]:
-        names = set(Segment.__dataclass_fields__)
+    def _records(self) -> list[TrialRecord]:
+        names = set(TrialRecord.__dataclass_fields__)
         return [
-            Segment(
+            TrialRecord(
                 **{"weight_decay": None, **trial.params},
                 **{name: value for name, value in trial.user_attrs.items() if name in names},
                 number=trial.number,
@@ -278,47 +277,12 @@ class Trials:
             for trial in self._trials()
         ]
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    @_by_rank_0
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write a state so that a crash leaves the file as it was, or as it is to be."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, part = self.folder / name, self.folder / f"{name}.part"
-        with part.open("wb") as file:
-            file.write(frozen(state))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if os.name == "posix":  # the name, too, is only safe once its folder is
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-    def load(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        return thawed(path.read_bytes()) if path.exists() else None
-
-    @_by_rank_0
-    def keep(self, *names: str | None) -> None:
-        """Delete checkpoints of other names."""
-        for path in self.folder.glob("*"):
-            if path.name not in names:
-                path.unlink()
+def _folder(name: str, identity: str) -> str:
+    return f"{_plain(name)}-{identity}"
 
 
 def _plain(name: str) -> str:
     """A study's name as a folder's, which may not have all its characters."""
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def _thin(points: list[Any]) -> None:
-    if len(points) > KEPT:
-        points[: KEPT // 2] = points[: KEPT // 2 : 2]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

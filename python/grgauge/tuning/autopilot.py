@@ -1,0 +1,91 @@
+"""A run whose learning rate and batch size are changed while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._validation import require_count
+from ..invariance import Rule
+from ..policy import Config, Continue, Policy, Retune, Stop
+from .advisor import figures
+from .checkpoints import deserialize, serialize
+from .data import Data
+from .learning_rates import peak_lr
+from .loop import Loop
+from .view import View
+
+
+class Autopilot(View):
+    """Acts within one run: learning rate and batch size change live, each change printed with its reading.
+
+    model, optimizer, others   as for `Trial.watch`; the optimizer's learning rate is where it begins
+    batch_size   to begin with, in samples
+    budget       samples to train on, those of abandoned weights included
+    policy       None: `Policy.default()`
+    print        takes a line
+    micro_batch, every, seed, decay   as for `grgauge.tune`
+
+    Loop over `batches(data)` and call `step(loss)` for each. Weights to return to are kept in memory, on the host: as
+    they came, and before the newest change. On several ranks all do the same, and rank 0 prints.
+
+    Raises ValueError for a number out of range, and for a batch size that ranks cannot share equally; TrainingError as
+    `Trial.watch` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *others: Any,
+        batch_size: int,
+        budget: int,
+        policy: Policy | None = None,
+        print: Callable[[str], object] = print,
+        micro_batch: int | None = None,
+        every: int = 5,
+        seed: int = 0,
+        decay: Rule = "decay",
+    ) -> None:
+        require_count("budget", budget, 1)
+        config, self.policy = Config(peak_lr(optimizer), batch_size), policy or Policy.default()
+        super().__init__(Loop(config, self.policy, micro_batch=micro_batch, every=every, seed=seed, decay=decay))
+        self.budget, self.used, self.decisions = budget, 0, list[Retune | Stop]()
+        self._print = print
+        self._loop.watch(model, optimizer, *others)
+        self._first = self._saved = serialize(self._loop.state())
+
+    def batches(self, data: Data) -> Iterator[Any]:
+        """As `Trial.batches`."""
+        yield from self._loop.batches(self._loop.source(data), self._over, self._after_step)
+
+    def step(self, loss: Tensor) -> bool:
+        """As `Trial.step`."""
+        stepped = self._loop.step(loss)
+        self.used += self.batch_size if stepped else 0
+        return stepped
+
+    def _over(self) -> bool:
+        return self.used >= self.budget or any(isinstance(decision, Stop) for decision in self.decisions)
+
+    def _after_step(self) -> None:
+        loop = self._loop
+        decision, _ = loop.observe()
+        if decision is None:
+            return
+        if not isinstance(decision, Continue):
+            self.decisions.append(decision)
+        said = "no reading" if self.reading is None else figures(self.reading)
+        words = ""
+        if isinstance(decision, Retune):
+            if decision.reuse and not decision.rollback:
+                self._saved = serialize(loop.state())
+            else:
+                loop.restore(deserialize(self._saved if decision.reuse else self._first))
+            config, words = loop.decayed(decision.config)
+            loop.configure(config)
+        if loop.world.rank == 0:
+            self._print(f"{self.used} samples, {said}: {decision}. {words}".rstrip())
