@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -266,7 +265,7 @@ def test_outside_a_trainer():
     [
         ({"every": 0}, "every must be a whole number of at least 1, got 0"),
         ({"window": 3}, "window must be a whole number of at least 5, got 3"),
-        ({"act": "batch"}, "act must be \"advise\" or \"lr\", got 'batch'"),
+        ({"act": "batch"}, 'act must be "advise" or "lr", got \'batch\''),
         ({"split_every": 5}, "split_every must be a whole number of at least 10, got 5"),
     ],
 )
@@ -277,25 +276,29 @@ def test_bad_arguments(options, message):
 
 # --- GradES -----------------------------------------------------------------------------------------------------------
 
-GRADES = {"tau": 1.3, "every": 5, "warmup": 5, "enough": 0.5}
+GRADES = {"tau": 1.3, "every": 2, "warmup": 2, "enough": 0.5}
 
 
 def lora():
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    return peft.get_peft_model(
+        llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("model", [llama, lora])
 def test_grades_freezes_and_ends_the_run(model, tmp_path):
     grades = GradESCallback(**GRADES)
-    trainer = train(OPTIMIZERS["torch's"], tmp_path, grades, model=model(), max_steps=200, max_grad_norm=NORM)
+    options = {"max_steps": 60, "max_grad_norm": NORM, "logging_steps": 1, "groups": 1}
+    trainer = train(OPTIMIZERS["torch's"], tmp_path, grades, model=model(), **options)
     frozen = grades.grades.frozen
     assert len(frozen) >= len(grades.grades.matrices) / 2
-    assert 100 < trainer.state.global_step < 200
-    assert [e["grades_frozen"] for e in trainer.state.log_history if "grades_frozen" in e][-1] > 0
+    assert 30 < trainer.state.global_step < 60
+    assert [e["grades_frozen"] for e in trainer.state.log_history if "grades_frozen" in e][-1] == len(frozen)
     for name, step in frozen.items():
         assert dict(grades.history)[step][name] < 1.0
-    assert all("self_attn" in name or "mlp" in name for name in frozen)
+        assert "self_attn" in name or "mlp" in name
 
 
 def test_grades_reads_before_clipping(tmp_path):
@@ -309,11 +312,12 @@ def test_grades_reads_before_clipping(tmp_path):
 
 
 def test_grades_goes_on_from_a_checkpoint(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 23, "max_steps": 46, "max_grad_norm": NORM}
-    straight, resumed = GradESCallback(**GRADES), GradESCallback(**GRADES)
+    saving = {"save_strategy": "steps", "save_steps": 15, "max_steps": 26, "max_grad_norm": NORM}
+    options = {**GRADES, "enough": 1.0, "tau": 1.0}
+    straight, resumed = GradESCallback(**options), GradESCallback(**options)
     whole = train(OPTIMIZERS["torch's"], tmp_path / "straight", straight, **saving)
     half = train(
-        OPTIMIZERS["torch's"], tmp_path / "half", resumed, resume=str(tmp_path / "straight" / "checkpoint-23"), **saving
+        OPTIMIZERS["torch's"], tmp_path / "half", resumed, resume=str(tmp_path / "straight" / "checkpoint-15"), **saving
     )
     assert straight.grades.frozen
     assert resumed.grades.frozen == straight.grades.frozen
@@ -324,7 +328,6 @@ def test_both_callbacks_at_once(tmp_path):
     alone, gauging, grades = GaugeCallback(print=None), GaugeCallback(print=None), GradESCallback(**GRADES)
     train(OPTIMIZERS["ours"], tmp_path, alone, max_grad_norm=NORM)
     train(OPTIMIZERS["ours"], tmp_path, gauging, grades, max_grad_norm=NORM)
-    until = [reading.step for reading in gauging.readings if reading.step <= min(grades.grades.frozen.values())]
-    assert until
-    assert gauging.readings[: len(until)] == alone.readings[: len(until)]
-    assert Path(tmp_path).exists()
+    until = sum(reading.step <= min(grades.grades.frozen.values()) for reading in gauging.readings)
+    assert until > 1
+    assert gauging.readings[:until] == alone.readings[:until]

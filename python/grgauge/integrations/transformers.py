@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._validation import require, require_count
+from .._validation import require_count
 from ..gauge import Gauge
 from ..grades import GradES
 from ..optim import unwrapped
-from ..policy import Target, verdict
+from ..policy import Target
 from ..reading import Reading
-from ..tuning.learning_rates import scale
+from ..tuning.learning_rates import highest_lr, scale
+from .raw_gradients import RawGradients
+from .verdicts import Verdicts, values
 
 try:
     import transformers
@@ -37,24 +38,9 @@ except ImportError as error:
         "grgauge.integrations.transformers needs transformers: pip install 'grgauge-kernels[transformers]'"
     ) from error
 if int(transformers.__version__.split(".")[0]) < 5:
-    raise ImportError(f"grgauge.integrations.transformers needs transformers 5 or newer, not {transformers.__version__}")
-
-BLIND = 0.95
-"""GR_S above which GR_T says nothing about the learning rate."""
-
-LARGEST_FACTOR = 4.0
-"""What `act="lr"` may multiply a learning rate by, or divide it by, at once."""
-
-
-class _RawGradients(torch.optim.Optimizer):
-    """Moves nothing. Its step hooks run where the Trainer's gradients are complete and not clipped yet."""
-
-    def __init__(self, named: Iterator[tuple[str, Tensor]]) -> None:
-        super().__init__(list(named), {})
-        self.found_inf: Tensor | None = None
-
-    def step(self, closure: Any = None) -> None:
-        """Nothing but the hooks."""
+    raise ImportError(
+        f"grgauge.integrations.transformers needs transformers 5 or newer, not {transformers.__version__}"
+    )
 
 
 class _Watching(TrainerCallback):
@@ -65,7 +51,7 @@ class _Watching(TrainerCallback):
     def __init__(self) -> None:
         self._trainer: Trainer | None = None
         self._accelerator: Any = None
-        self._raw: _RawGradients | None = None
+        self._raw: RawGradients | None = None
 
     def _open(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Begin to read: a training starts, anew or from a checkpoint."""
@@ -99,7 +85,7 @@ class _Watching(TrainerCallback):
         self._close()
         optimizer = unwrapped(trainer.optimizer)
         clips = args.max_grad_norm > 0
-        self._raw = _RawGradients(_trained(trainer.model, optimizer)) if clips else None
+        self._raw = RawGradients(trainer.model, optimizer) if clips else None
         self._open(trainer, optimizer if self._raw is None else self._raw)
         if self._trainer is not trainer:
             self._wrap(trainer)
@@ -158,9 +144,7 @@ class _Watching(TrainerCallback):
         def read(optimizer: Any = None) -> None:
             unscale_gradients(optimizer)
             if self._raw is not None and self._trainer is not None:
-                found = accelerator.scaler._found_inf_per_device(unwrapped(self._trainer.optimizer))
-                self._raw.found_inf = sum(found.values())
-                self._raw.step()
+                self._raw.step_scaled(accelerator.scaler, unwrapped(self._trainer.optimizer))
 
         accelerator.unscale_gradients = read
 
@@ -207,21 +191,19 @@ class GaugeCallback(_Watching):
     ) -> None:
         super().__init__()
         require_count("every", every, 1)
-        require_count("window", window, every)
-        require(act in ("advise", "lr"), "act", act, '"advise" or "lr"')
         if split_every is not None:
             require_count("split_every", split_every, 2 * every)
-        self.batch_size, self.window, self.act, self.target = batch_size, window, act, target or Target()
+        self.batch_size = batch_size
+        self._verdicts = Verdicts(window, act, every, target)
         self.readings: list[Reading] = []
         self.gauge: Gauge | None = None
         self._options: dict[str, Any] = {"every": every, "sample": sample, "beta": beta, "seed": seed}
         self._every, self._print = every, print
         # The passes fall on steps that are read.
         self._split_every = None if split_every is None else split_every // every * every
-        self._steps, self._attached, self._lr = 0, False, 0.0
+        self._steps, self._attached = 0, False
         self._counting: RemovableHandle | None = None
         self._logged: Reading | None = None
-        self._spatial: Reading | None = None
 
     @property
     def reading(self) -> Reading | None:
@@ -229,44 +211,20 @@ class GaugeCallback(_Watching):
         return self.readings[-1] if self.readings else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.gauge is not None and self._trainer is not None
-        reading, lr = self.gauge.reading(), _lr(self._trainer)
-        if reading is not None and reading is not self.reading:
-            self.readings.append(reading)
-            if reading.gr_s is not None:
-                self._spatial = reading
-            if reading.step % self.window == 0:
-                self._judge(self._with_gr_s(reading), warming=lr > self._lr)
-        self._lr = lr
-
-    def _with_gr_s(self, reading: Reading) -> Reading:
-        """With the newest GR_S, where it is not read every time."""
-        last = self._spatial
-        if last is None or last is reading:
-            return reading
-        return replace(
-            reading,
-            gr_s=last.gr_s,
-            gr_s_error=last.gr_s_error,
-            noise_scale=last.noise_scale,
-            noise_scale_error=last.noise_scale_error,
-        )
-
-    def _judge(self, reading: Reading, warming: bool) -> None:
         trainer = self._trainer
-        assert trainer is not None and self.gauge is not None
-        line = f"step {reading.step}: {verdict(reading, self.target)}"
-        if warming:
-            line += ", while the schedule is warming up"
-        factor = self.target.lr_factor(reading)
-        early = reading.step <= max(self.window, trainer.state.max_steps / 10)
-        blind = reading.gr_s is not None and reading.gr_s > BLIND
-        if self.act == "lr" and factor not in (None, 1.0) and early and not warming and not blind:
-            assert factor is not None
-            factor = min(max(factor, 1.0 / LARGEST_FACTOR), LARGEST_FACTOR)
+        assert self.gauge is not None and trainer is not None
+        reading = self.gauge.reading()
+        new = None if reading is self.reading else reading
+        if new is not None:
+            self.readings.append(new)
+        said = self._verdicts.observe(new, highest_lr(trainer.optimizer), state.max_steps)
+        if said is None:
+            return
+        line, factor = said
+        if factor != 1.0:
             scale(trainer.optimizer, [trainer.lr_scheduler], factor)
+            self._verdicts.changed(factor)
             self.gauge.restart()
-            line += f"; learning rate multiplied by {factor:.2f}"
         if self._print is not None and trainer.is_world_process_zero():
             self._print(line)
 
@@ -277,8 +235,8 @@ class GaugeCallback(_Watching):
         self._attached = args.world_size > 1
         if self._attached:
             self.gauge.attach(trainer.model_wrapped)
-        self.readings, self._logged, self._spatial = [], None, None
-        self._steps, self._lr = 0, _lr(trainer)
+        self.readings, self._logged, self._steps = [], None, 0
+        self._verdicts.restart(highest_lr(trainer.optimizer))
         # counts as the gauge does, which steps of a GradScaler that are skipped may leave out
         self._counting = optimizer.register_step_post_hook(self._count)
 
@@ -292,20 +250,19 @@ class GaugeCallback(_Watching):
 
     def _state(self) -> dict[str, Any]:
         assert self.gauge is not None
-        return {"gauge": self.gauge.state_dict(), "lr": self._lr}
+        return self.gauge.state_dict()
 
     def _load(self, state: dict[str, Any]) -> None:
         assert self.gauge is not None
-        self.gauge.load_state_dict(state["gauge"])
-        self._steps, self._lr = state["gauge"]["step"], state["lr"]
+        self.gauge.load_state_dict(state)
+        self._steps = state["step"]
 
     def _values(self) -> dict[str, float]:
         reading = self.reading
         if reading is None or reading is self._logged:
             return {}
         self._logged = reading
-        values = {"gr_t": reading.gr_t, "gr_s": reading.gr_s, "noise_scale": reading.noise_scale}
-        return {name: value for name, value in values.items() if value is not None}
+        return values(reading)
 
     @property
     def _due(self) -> bool:
@@ -426,20 +383,8 @@ def _refuse(trainer: Trainer) -> None:
         raise RuntimeError("the Trainer uses XLA, which the gauges' kernels do not run on; they need CPU or CUDA")
 
 
-def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's parameters, by their names in the model."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            yield names.get(id(p), f"{g}.{i}"), p
-
-
 def _sharded(trainer: Trainer) -> bool:
     return bool(trainer.accelerator.distributed_type.value == "FSDP")
-
-
-def _lr(trainer: Trainer) -> float:
-    return max(float(group["lr"]) for group in trainer.optimizer.param_groups)
 
 
 def _rows(inputs: Mapping[str, Any]) -> int:
