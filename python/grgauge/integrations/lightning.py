@@ -45,8 +45,8 @@ class GaugeCallback(Callback):
                  callback. "lr": also multiplies the learning rate, and all that schedules compute it from, by the
                  verdict's factor: at the ends of windows in the first tenth of the training (of the first window at
                  least), unless a schedule is warming up or GR_S says that GR_T is blind
-    split_every  with one device and no accumulation: steps between two extra passes over a batch in halves, which are the
-                 groups of GR_S; the first comes in the middle. For each `training_step` is called twice more, with
+    split_every  with one device and no accumulation: steps between two extra passes over a batch in halves, the groups
+                 of GR_S; the first comes in the middle. For each `training_step` is called twice more, with
                  `self.log` muted, and weights, buffers and random numbers stay as they were. None: no such passes, and
                  GR_S is not available there; or halve the batch and set accumulate_grad_batches=2
     stop_when    called with each new reading; the fit ends when it returns True
@@ -54,8 +54,8 @@ class GaugeCallback(Callback):
     optimizer    which of several the gauge is on
     print        takes a line; None: nothing is printed
 
-    Where Lightning clips, gradients are read before. Micro-batches, or the ranks of DDP and FSDP2 (ModelParallelStrategy),
-    are the groups of GR_S. Values are logged as gr_t, gr_s and noise_scale, and only what exists. `reading` is the
+    Where Lightning clips, gradients are read before. Micro-batches, or the ranks of DDP and FSDP2 (its
+    ModelParallelStrategy), are the groups of GR_S. Values are logged as gr_t, gr_s and noise_scale, and only what exists. `reading` is the
     newest, `readings` are all of this fit.
 
     Raises ValueError for a number out of range, and where the batch size cannot be known; RuntimeError when training

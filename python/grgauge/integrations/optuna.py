@@ -93,8 +93,8 @@ class GaugeSampler(BaseSampler):
     seed                 of the scatter described below
 
     A new trial goes on from the newest one with readings that no other went on from. Where there is none, or its
-    gauges are in the zone, the parent is the one of lowest training loss among those in the zone, and the learning rate is
-    scattered around its own by up to a factor of three: within that gauges cannot tell, and losses can.
+    gauges are in the zone, the parent is the one of lowest training loss among those in the zone, and the learning rate
+    is scattered around its own by up to a factor of three: within that gauges cannot tell, and losses can.
     """
 
     def __init__(

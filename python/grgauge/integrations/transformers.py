@@ -2,8 +2,8 @@
 
     Trainer(..., callbacks=[GaugeCallback()])
 
-The Trainer clips gradients before it calls its callbacks, and it does not hand itself to them. The callbacks here find it
-in the frame that calls `on_train_begin`, and read the gradients in its `training_step`, after each backward.
+The Trainer clips gradients before it calls its callbacks, and it does not hand itself to them. The callbacks here find
+it in the frame that calls `on_train_begin`, and read the gradients in its `training_step`, after each backward.
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ class GaugeCallback(_Watching):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self._trainer
-        assert self.gauge is not None and trainer is not None
+        assert self.gauge is not None
+        assert trainer is not None
         reading = self.gauge.reading()
         new = None if reading is self.reading else reading
         if new is not None:
@@ -271,7 +272,8 @@ class GaugeCallback(_Watching):
 
     def _after(self, inputs: Mapping[str, Any], items: Tensor | int | None) -> None:
         trainer = self._trainer
-        assert trainer is not None and self.gauge is not None
+        assert self.gauge is not None
+        assert trainer is not None
         # Sizes and weights are asked for on steps that are read only: to know them may wait for the device.
         if (trainer.args.gradient_accumulation_steps > 1 or self._attached) and self._due:
             self.gauge.micro_step(*_share(trainer, inputs, items, self.gauge.batch_size))
@@ -279,7 +281,8 @@ class GaugeCallback(_Watching):
     def _before(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> None:
         """On one device, without accumulation, now and then: the groups of GR_S by passes of their own."""
         trainer, every = self._trainer, self._split_every
-        assert trainer is not None and self.gauge is not None
+        assert self.gauge is not None
+        assert trainer is not None
         if every is None or trainer.args.gradient_accumulation_steps > 1 or self._attached or not self._due:
             return
         middle = every // 2 // self._every * self._every
@@ -301,8 +304,8 @@ class GradESCallback(_Watching):
 
     options   as for `grgauge.GradES`; `total_steps` are the Trainer's
 
-    Gradients are read before the Trainer clips them, and frozen matrices no longer count in its norm. The number of frozen
-    matrices is logged as grades_frozen. `grades` is the GradES at work.
+    Gradients are read before the Trainer clips them, and frozen matrices no longer count in its norm. The number of
+    frozen matrices is logged as grades_frozen. `grades` is the GradES at work.
 
     Raises what `grgauge.GradES` raises, when training begins.
     """

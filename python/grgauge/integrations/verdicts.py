@@ -20,8 +20,8 @@ class Verdicts:
     """Readings in; at the end of each window a line, and a factor for the learning rate.
 
     window  steps between two verdicts
-    act     "advise": factors are 1. "lr": the verdict's own, at the ends of windows in the first tenth of the training (of
-            the first window at least), unless the schedule is warming up or GR_S says that GR_T is blind
+    act     "advise": factors are 1. "lr": the verdict's own, at the ends of windows in the first tenth of the training
+            (of the first window at least), unless the schedule is warming up or GR_S says that GR_T is blind
     target  what verdicts are about
 
     Where GR_S is not read every time, the newest one counts. Raises ValueError for a value out of range.

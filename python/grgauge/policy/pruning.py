@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from .._validation import require, require_count
@@ -32,8 +33,8 @@ class Pruning:
     warm_up   steps before gauges are judged
     patience  readings in a row that must agree
     zone      GR_T of healthy training, with room for noise: a trial inside is never ended for being behind others
-    far       GR_T outside of which a learning rate is hopeless whatever the loss says, being ten times too low or more, or
-              bouncing
+    far       GR_T outside of which a learning rate is hopeless whatever the loss says, being ten times too low or more,
+              or bouncing
     blind     GR_S above which GR_T is not judged
 
     1. diverged    the newest loss is not finite, or after warm-up `patience` losses in a row are above the first
@@ -99,7 +100,7 @@ class Pruning:
 
 def _loss_at(trial: Sequence[Progress], samples: float) -> float | None:
     """A trial's loss at that many samples, linear between readings; None outside of them."""
-    for left, right in zip(trial, trial[1:], strict=False):
+    for left, right in pairwise(trial):
         if left.samples <= samples <= right.samples and math.isfinite(left.loss) and math.isfinite(right.loss):
             share = (samples - left.samples) / (right.samples - left.samples)
             return left.loss + (right.loss - left.loss) * share

@@ -13,8 +13,8 @@ STEP = 50
 """The published target belongs to about this step: GR_T climbs with time at a fixed learning rate."""
 
 FAR = 2.0
-"""GR_T below which the learning rate is at least ten times too low, and nobody can tell how much: 10 to 3000 times, over
-12 sweeps of three models."""
+"""GR_T below which the learning rate is at least ten times too low, and nobody can tell how much: 10 to 3000 times,
+over 12 sweeps of three models."""
 
 BLIND = 0.95
 """GR_S above which GR_T says nothing about the learning rate."""
@@ -37,8 +37,8 @@ def suggest(
     max_lr_factor, max_batch_factor   what a suggestion may multiply by, or divide by
     coupling  a batch that changes by r changes the learning rate by r^coupling (1/2 for Adam: Malladi et al.)
 
-    Batch first, learning rate second: where GR_S says that the batch is far too small, GR_T is blind, and the learning rate
-    only follows the batch. Where GR_T is near 1 the distance has no upper end; the suggestion is then the whole
+    Batch first, learning rate second: where GR_S says that the batch is far too small, GR_T is blind, and the learning
+    rate only follows the batch. Where GR_T is near 1 the distance has no upper end; the suggestion is then the whole
     `max_lr_factor`, which means "at least". What has not been read stays as it is.
 
     Raises ValueError for no readings and for a number out of range.
