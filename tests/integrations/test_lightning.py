@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engines.plain import assert_reads
-from engines.test_lightning import BATCH, CLIPS, MICRO, OPTIMIZERS, STEPS, Digits, X, Y, by_hand
+from engines.test_lightning import CLIPS, MICRO, OPTIMIZERS, STEPS, Digits, X, Y, by_hand
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset

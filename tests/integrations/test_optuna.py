@@ -52,7 +52,7 @@ def test_a_search_from_far_below_climbs():
     study.optimize(objective, n_trials=6)
     rates = [trial.params["lr"] for trial in study.trials]
     assert rates[1] == pytest.approx(1e-5, rel=0.5)  # the whole factor of ten, and what follows from the batch
-    assert max(rates) > 1e-3
+    assert max(rates) > 100 * rates[0]
     assert "far out: GR_T" in study.trials[0].user_attrs[PRUNED]
     assert study.trials[1].user_attrs[PARENT] == 0
     assert {trial.params["width"] for trial in study.trials} <= {8, 16}
@@ -70,7 +70,10 @@ def test_ask_and_tell():
     study = study_of()
     for _ in range(2):
         trial = study.ask()
-        study.tell(trial, objective(trial), skip_if_finished=True)
+        try:
+            study.tell(trial, objective(trial))
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     assert progress(study.trials[0])[0].reading.step == 5
     assert study.trials[1].user_attrs[PARENT] == 0
 

@@ -55,8 +55,8 @@ class GaugeCallback(Callback):
     print        takes a line; None: nothing is printed
 
     Where Lightning clips, gradients are read before. Micro-batches, or the ranks of DDP and FSDP2 (its
-    ModelParallelStrategy), are the groups of GR_S. Values are logged as gr_t, gr_s and noise_scale, and only what exists. `reading` is the
-    newest, `readings` are all of this fit.
+    ModelParallelStrategy), are the groups of GR_S. Values are logged as gr_t, gr_s and noise_scale, and only what
+    exists. `reading` is the newest, `readings` are all of this fit.
 
     Raises ValueError for a number out of range, and where the batch size cannot be known; RuntimeError when training
     begins under FSDP1, DeepSpeed or XLA.

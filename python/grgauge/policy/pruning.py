@@ -37,7 +37,8 @@ class Pruning:
               or bouncing
     blind     GR_S above which GR_T is not judged
 
-    1. diverged    the newest loss is not finite, or after warm-up `patience` losses in a row are above the first
+    1. diverged    the newest loss is not finite, or after warm-up `patience` losses in a row are above all of
+                 the first `patience`
     2. far out     `patience` readings in a row are outside `far`, all on one side
     3. behind      `patience` readings in a row are outside `zone`, and the loss is above the median of other trials' at
                    equal samples. The loss alone would favour low learning rates: what falls fast at first wins early
@@ -73,8 +74,8 @@ class Pruning:
         judged = [p for p in trial if p.reading.step >= self.warm_up][-self.patience :]
         if len(judged) < self.patience:
             return None
-        first = trial[0].loss
-        if len(trial) > self.patience and all(p.loss > first for p in judged):
+        first = max(p.loss for p in trial[: self.patience])  # a single one may be low by chance
+        if len(trial) >= 2 * self.patience and all(p.loss > first for p in judged):
             return Evidence("diverged", step, "loss", newest.loss, (-math.inf, first))
         gr_t = [self._gr_t(p.reading) for p in judged]
         known = [value for value in gr_t if value is not None]
