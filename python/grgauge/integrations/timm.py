@@ -11,7 +11,8 @@ try:
     from timm.optim import OptimInfo, default_registry
 except ImportError as error:
     raise ImportError(
-        "grgauge.integrations.timm needs timm 1.0.12 or newer: pip install 'grgauge-kernels[timm]'"
+        f"grgauge.integrations.timm needs timm 1.0.12 or newer, with torchvision: {error}; pip install "
+        "'grgauge-kernels[timm]'"
     ) from error
 
 default_registry.register(
