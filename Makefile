@@ -6,9 +6,10 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
-.PHONY: help demo test lint bench bench-gpu wheel clean
+.PHONY: help demo examples test lint bench bench-gpu wheel clean
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
+	@echo "make examples  gauges in other frameworks' loops, one file each"
 	@echo "make test   lint, type check and all tests"
 	@echo "make bench  AdamW with and without gauges against torch's, table into README"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"
@@ -27,6 +28,11 @@ help:
 
 demo: .venv/built
 	.venv/bin/grgauge demo
+
+examples: .venv/built
+	.venv/bin/python examples/transformers_trainer.py
+	.venv/bin/python examples/lightning_trainer.py
+	.venv/bin/python examples/optuna_search.py
 
 test: lint
 	.venv/bin/python -m pytest
