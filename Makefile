@@ -6,11 +6,13 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
-.PHONY: help demo test lint bench bench-gpu wheel clean
+.PHONY: help demo test test-fast lint docs bench bench-gpu wheel clean
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
-	@echo "make test   lint, type check and all tests"
-	@echo "make bench  AdamW with and without gauges against torch's, table into README"
+	@echo "make test   lint, type check, documentation and all tests"
+	@echo "make test-fast  the same without ranks, engines, compiled GPU kernels, whole tunings and documentation"
+	@echo "make docs   the documentation as a site, into site/"
+	@echo "make bench  AdamW with and without gauges against torch's, tables into README and docs/speed.md"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"
 	@echo "make wheel  one wheel for every Python and torch, into dist/"
 	@echo "make clean  remove .venv and what was built"
@@ -31,6 +33,12 @@ demo: .venv/built
 test: lint
 	.venv/bin/python -m pytest
 
+test-fast: lint
+	.venv/bin/python -m pytest -m "not (slow or ranks or engines or static or simulated or pages)"
+
+docs: .venv/built
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 lint: .venv/built
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -48,4 +56,4 @@ wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site
