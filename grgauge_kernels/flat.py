@@ -21,10 +21,13 @@ _grad_of = operator.attrgetter("grad")
 class FlatBucket:
     """The parameters of one device and dtype, as views of two flat buffers.
 
-    params  the parameters, one a segment
-    param   flat buffer of their values; [extent], with zeros between segments
-    grad    flat buffer of their gradients, laid out alike
-    bucket  the segments, counted from the start of either buffer
+    Args:
+        params: The parameters, one a segment.
+
+    Attributes:
+        param: Flat buffer of their values; [extent], with zeros between segments.
+        grad: Flat buffer of their gradients, laid out alike.
+        bucket: The segments, counted from the start of either buffer.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -74,8 +77,11 @@ class FlatBucket:
 
         A parameter without a gradient stays without one: as in torch, an optimizer leaves it alone.
 
-        Returns how many values and how many once attached gradients were taken back. Raises RuntimeError for a sparse
-        gradient, before anything is moved.
+        Returns:
+            How many values and how many once attached gradients were taken back.
+
+        Raises:
+            RuntimeError: For a sparse gradient, before anything is moved.
         """
         for i, p in enumerate(self.params):
             if p.grad is not None and p.grad.layout != torch.strided:
@@ -117,10 +123,19 @@ class FlatBuckets:
     Parameter objects stay the same, so names, state_dict and weights tied by sharing a Parameter are untouched. Use it
     as a context manager, or call `detach()`, to give every tensor memory of its own again.
 
-    params  parameters; frozen ones (requires_grad=False) are left where they are
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> flat = FlatBuckets(model.parameters())
+        >>> flat.buckets
+        [FlatBucket(2 parameters, 8 elements, torch.float32)]
+        >>> flat.detach()
 
-    Raises ValueError if two parameters share memory without being one object, or one is not dense: re-homing would
-    silently untie them.
+    Args:
+        params: Parameters of any devices and dtypes. Frozen ones (requires_grad=False) are left where they are.
+
+    Raises:
+        ValueError: If two parameters share memory without being one object, or one is not dense: re-homing would
+            silently untie them.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:

@@ -57,7 +57,12 @@ _library.define(
 
 
 def backends() -> dict[str, bool | str]:
-    """Name of each backend -> True if it runs here, else the reason why it does not."""
+    """Name of each backend -> True if it runs here, else the reason why it does not.
+
+    Examples:
+        >>> backends()["reference"]
+        True
+    """
     return {name: module.unavailable() or True for name, module in BACKENDS.items()}
 
 
@@ -123,18 +128,31 @@ def measure_(
 ) -> Tensor:
     """Read the gradients once; update `ema` and `previous`; return the six sums of each segment.
 
-    grads      one dense tensor a segment, or for a flat plan the one flat buffer; float32, bfloat16 or float16
-    plan       the chunks to visit, from `Bucket.plan`
-    ema        float32 [plan.states], m <- beta m + (1 - beta) g, in place
-    previous   float32 [plan.states], the gradient of the last call, replaced in place
-    beta       smoothing factor of `ema`, in (0, 1)
-    inv_scale  float32 [1] or [] on the device: g = grad * inv_scale
-    backend    a name from `backends()`, or None for the best one of the device
+    Args:
+        grads: One dense tensor per segment, or the one flat buffer of a flat plan; float32, bfloat16 or float16.
+        plan: The chunks to visit, from `Bucket.plan`.
+        ema: float32 [plan.states], updated in place: m <- beta m + (1 - beta) g.
+        previous: float32 [plan.states], the gradient of the last call, replaced in place.
+        beta: Smoothing factor of `ema`, in (0, 1).
+        inv_scale: float32 [1] or [] on the device: g = grad * inv_scale.
+        backend: a name from `backends()`, or None for the best one of the device.
 
-    Returns float64 [segments, 6], the columns named by STATS, over the visited elements (see `Plan.scale`). Columns of
-    a state that was not given are 0.
+    Returns:
+        float64 [segments, 6], the columns named by STATS, over the visited elements (see `Plan.scale`). Columns of a
+        state that was not given are 0.
 
-    Raises ValueError or TypeError naming the argument that is wrong, before anything is changed.
+    Raises:
+        ValueError: For a wrong size, device, layout or number. It names the argument; nothing has been changed.
+        TypeError: For a wrong dtype, likewise.
+
+    Examples:
+        >>> from grgauge_kernels import Bucket
+        >>> grads = [torch.tensor([3.0, -4.0]), torch.tensor([1.0, torch.inf])]
+        >>> stats = measure_(grads, Bucket(grads).plan())
+        >>> stats[:, STATS.index("grad_sq")]
+        tensor([25.,  1.], dtype=torch.float64)
+        >>> stats[:, STATS.index("nonfinite")]
+        tensor([0., 1.], dtype=torch.float64)
     """
     _check_streams(plan, grads=grads)
     _check_states(plan, ema, previous, beta)
@@ -176,21 +194,48 @@ def adamw_(
 ) -> Tensor:
     """torch's AdamW update of every visited element, and the sums of `measure_` in the same pass.
 
-    params, grads            float32, bfloat16 or float16; a dtype each. One tensor a segment, or one flat buffer
-    exp_avgs, exp_avg_sqs    float32, updated in place
-    step                     number of this update, from 1: an int, or float32 [] or [segments] on the device
-    lr                       a number, or a tensor of one element on the device
-    betas, eps, weight_decay as in torch.optim.AdamW
-    ema, previous, beta      as in `measure_`. Without `ema` the second sum is over exp_avg^2: with betas[0] = beta and
-                             no clipping, exp_avg is the gauge's own m
-    inv_scale                g = grad * inv_scale, seen by the sums and by the update
-    found_inf                one float32 element on the device; not 0: nothing is changed and the sums are NaN
-    clip                     one float32 element on the device: the update takes g * clip, the sums see g
-    zero_grad                write zeros to the gradient behind the update
-    maximize                 ascend instead of descend
-    sums                     False: no sums, returns an empty tensor
+    Args:
+        params: float32, bfloat16 or float16, updated in place; one tensor per segment, or one flat buffer.
+        grads: Likewise; their dtype may be another one.
+        exp_avgs: float32, updated in place.
+        exp_avg_sqs: float32, updated in place.
+        plan: The chunks to visit, from `Bucket.plan`.
+        step: Number of this update, from 1: an int, or float32 [] or [segments] on the device.
+        lr: A number, or a tensor of one element on the device.
+        betas: As in torch.optim.AdamW.
+        eps: As in torch.optim.AdamW.
+        weight_decay: As in torch.optim.AdamW.
+        ema: As in `measure_`. Without it the second sum is over exp_avg^2: with betas[0] = beta and no clipping,
+            exp_avg is the gauge's own m.
+        previous: As in `measure_`.
+        beta: As in `measure_`.
+        inv_scale: g = grad * inv_scale, for the sums and for the update.
+        found_inf: One float32 element on the device. If it is not 0, nothing is changed and the sums are NaN.
+        clip: One float32 element on the device. The update uses g * clip, the sums use g.
+        zero_grad: Write zeros to the gradient after the update.
+        maximize: Ascend instead of descend.
+        sums: If False, take no sums and return an empty tensor.
+        backend: A name from `backends()`, or None for the best one of the device.
 
-    Returns float64 [segments, 6] as `measure_` does. Raises like `measure_`, before anything is changed.
+    Returns:
+        float64 [segments, 6] as from `measure_`.
+
+    Raises:
+        ValueError: As for `measure_`, before anything is changed.
+        TypeError: As for `measure_`, before anything is changed.
+
+    Examples:
+        >>> from grgauge_kernels import Bucket
+        >>> params, grads = [torch.ones(4)], [torch.full((4,), 0.5)]
+        >>> moments, squares = [torch.zeros(4)], [torch.zeros(4)]
+        >>> plan = Bucket(params).plan()
+        >>> stats = adamw_(
+        ...     params, grads, moments, squares, plan, step=1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        ... )
+        >>> params[0]
+        tensor([0.9000, 0.9000, 0.9000, 0.9000])
+        >>> dict(zip(STATS, stats[0].tolist()))["grad_sq"]
+        1.0
     """
     return prepare_adamw_(
         params,
