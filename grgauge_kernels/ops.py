@@ -358,7 +358,7 @@ def _update(update: Callable[[], Tensor], args: tuple[Any, ...]) -> Tensor:
 
 
 def _traced() -> bool:
-    """True if somebody records or redirects ops: then calls go through torch's dispatcher, at three times the cost.
+    """True if ops are being recorded or redirected: calls then go through torch's dispatcher, at three times the cost.
 
     Otherwise the kernel is called directly, which at 0.1 M parameters is a quarter of a step saved.
     """

@@ -183,7 +183,7 @@ class Curve:
     Attributes:
         group: What is equal in all runs that are expected to overlap: gamma, or the learning rate.
         steps: Ascending.
-        values: Above 0, one a step; NaN where the quantity cannot be told.
+        values: Above 0, one a step; NaN where the quantity is unknown.
     """
 
     group: float | str

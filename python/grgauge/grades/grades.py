@@ -332,7 +332,7 @@ class GradES:
         self._pending = _Pending(self._step, lambda: self._values(transfer.arrays()))
 
     def _values(self, arrays: Sequence[npt.NDArray[np.float64]]) -> list[float]:
-        """The mean over elements of each matrix, from the rows of `_Bucket.measure`; NaN where nothing can be told."""
+        """The mean over elements of each matrix, from the rows of `_Bucket.measure`; NaN where nothing is known."""
         totals = np.zeros((len(self._matrices), 4))
         for bucket, rows in zip(self._buckets, arrays, strict=True):
             np.add.at(totals, bucket.owners, rows)

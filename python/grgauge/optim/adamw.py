@@ -31,27 +31,47 @@ _numbers = itertools.count()
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW in one pass over the gradients, with the sums that the gauges need taken on the way.
+    """torch.optim.AdamW in one pass over the gradients, which also takes the sums that the gauges need.
 
-    params, lr, betas, eps, weight_decay, maximize   as in torch.optim.AdamW; lr may be a tensor of one element
-    max_grad_norm   clip the gradients of all groups together to this L2 norm, as torch.nn.utils.clip_grad_norm_ does,
-              without a pass of its own over them: one to read the norm, one to update. `grad_norm` then holds the
-              norm before clipping. p.grad itself is left as it is
-    skip_nonfinite  with max_grad_norm: where the norm is not finite, change nothing at all in that step
-    flat      re-home parameters and gradients as views of one flat buffer per group, device and dtype, so that a step's
-              host work does not grow with their number (`grgauge_kernels.FlatBuckets`)
-    backend   a name from `grgauge_kernels.backends()`, or None for the best one of each device
-    foreach, capturable, fused   accepted for torch's signature; the step is always fused and capturable
-
-    Parameters are float32, bfloat16 or float16; both moments are float32 whatever the parameters are. state_dict is
+    Parameters are float32, bfloat16 or float16; both moments are float32 whatever the parameters are. The state_dict is
     torch.optim.AdamW's, in both directions, mid-training.
 
-    Under torch.compile the step is part of the graph, an op a bucket, and what observes it is told as ever. The graph
-    ends at a step with a closure, hooks, clipping, flat=True or sharded parameters, and goes on behind it. A number as
-    lr is compiled in: let a scheduler change a tensor.
+    Under torch.compile the step is part of the graph, as one op per bucket, and observers are called as ever. A step
+    with a closure, hooks, clipping, flat=True or sharded parameters ends the graph, and another begins after it. A
+    learning rate that is a number is compiled in: let a scheduler change a tensor.
 
-    Raises ValueError for `amsgrad=True` or `differentiable=True` (not supported), for numbers out of range and for
-    parameters with gaps between their elements; TypeError for other parameter dtypes.
+    Args:
+        params: As in torch.optim.AdamW.
+        lr: As in torch.optim.AdamW, or a tensor of one element.
+        betas: As in torch.optim.AdamW.
+        eps: As in torch.optim.AdamW.
+        weight_decay: As in torch.optim.AdamW.
+        amsgrad: Not supported; must be False.
+        maximize: As in torch.optim.AdamW.
+        foreach: Accepted for torch's signature; the step is always fused.
+        capturable: Accepted for torch's signature; the step can always be captured in a CUDA graph.
+        differentiable: Not supported; must be False.
+        fused: Accepted for torch's signature; the step is always fused.
+        max_grad_norm: Clip the gradients of all param_groups together to this L2 norm, as
+            torch.nn.utils.clip_grad_norm_ does, but without a pass of its own: one pass reads the norm, one updates.
+            `grad_norm` then holds the norm before clipping. p.grad itself is not changed.
+        skip_nonfinite: With max_grad_norm: if the norm is not finite, change nothing in that step.
+        flat: Keep parameters and gradients as views of one flat buffer per param_group, device and dtype, so that the
+            host's work in a step does not grow with their number (`grgauge_kernels.FlatBuckets`).
+        backend: A name from `grgauge_kernels.backends()`, or None for the best one of each device.
+
+    Raises:
+        ValueError: For `amsgrad=True` or `differentiable=True`, for numbers out of range, and for parameters with gaps
+            between their elements.
+        TypeError: For other parameter dtypes.
+
+    Examples:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.grad_norm
+        tensor(4.4721)
     """
 
     # GradScaler then leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
@@ -108,7 +128,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group, as in torch; its options and parameters are checked before anything changes."""
+        """Add a param_group, as in torch; its options and parameters are checked before anything changes."""
         _check_options({**self.defaults, **param_group})
         params = param_group["params"]
         if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):  # those two are torch's to answer
@@ -118,14 +138,15 @@ class AdamW(torch.optim.Optimizer):
         self._parts = None
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Call `observer` with the sums of every step from now on; returns a function that ends it."""
+        """Call `observer` with the sums of every step from now on; call what this returns to end it."""
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
 
     def observe_unclipped(self, observer: Observer, unclipped: Unclipped) -> Callable[[], None]:
-        """The same of gradients before clipping, of which the pass that reads their norm keeps EMAs in `unclipped`.
+        """Call `observer` with the sums before clipping; the pass that reads the norm keeps EMAs in `unclipped`.
 
-        Raises ValueError if somebody has EMAs kept already.
+        Raises:
+            ValueError: If EMAs of this optimizer's gradients are being kept already.
         """
         if self._unclipped is not None:
             raise ValueError("unclipped is the second one: EMAs of this optimizer's gradients are being kept already")
@@ -144,7 +165,8 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; the others are left alone, as in torch.
 
-        Raises RuntimeError for sparse gradients, before anything is changed.
+        Raises:
+            RuntimeError: For sparse gradients, before anything is changed.
         """
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         hooked = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
@@ -159,7 +181,7 @@ class AdamW(torch.optim.Optimizer):
         return self._step(closure)
 
     # Optimizer.__init__ would wrap step() in the bookkeeping of hooks and profiler, which costs a fifth of a step at
-    # 0.1 M parameters. So marked, step() stays as it is, and goes through that wrapper only where somebody looks.
+    # 0.1 M parameters. So marked, step() stays as it is, and goes through that wrapper only with hooks or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -176,7 +198,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, grads: list[Gradients]) -> tuple[list[BucketSums], list[BucketSums]]:
-        """One update of every part: its sums, and those before clipping, if somebody observes them.
+        """One update of every part: its sums, and those before clipping, if they are observed.
 
         What is refused, in whichever part, is refused before the first is changed.
         """
@@ -229,8 +251,8 @@ class AdamW(torch.optim.Optimizer):
         return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), found_inf
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
-    # A graph ends before such a step and goes on behind it: hooks and closures may do anything, no graph can tell if
-    # parameters and gradients still are in a flat buffer, and clipping leaves a tensor with the optimizer.
+    # A graph ends before such a step, and another begins after it: hooks and closures may do anything, no graph can
+    # tell if parameters and gradients still are in a flat buffer, and clipping leaves a tensor with the optimizer.
     _untraced_step = _disable_dynamo(_hooked_step)
 
     def _traced_step(self) -> None:
@@ -250,7 +272,7 @@ class AdamW(torch.optim.Optimizer):
     def _init_group(self) -> None:
         """Whatever a trace cannot follow: torch's compiler runs the method of this name when it traces a step.
 
-        What it leaves behind is guarded: another set of gradients, say, is traced anew.
+        What it leaves is guarded: another set of gradients, say, is traced anew.
         """
         self._collect()
         _compiled[self._number] = self
@@ -267,7 +289,8 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim.AdamW; nothing is shared with it afterwards.
 
-        Raises ValueError if it was made with amsgrad=True, or for other groups, before anything is changed.
+        Raises:
+            ValueError: If it was made with amsgrad=True, or for other groups, before anything is changed.
         """
         for group in state_dict["param_groups"]:
             _check_options({**self.defaults, **group})
