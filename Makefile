@@ -10,7 +10,7 @@ SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
 	@echo "make test   lint, type check, documentation and all tests"
-	@echo "make test-fast  the same without ranks, engines, compiled GPU kernels, whole tunings and documentation"
+	@echo "make test-fast  the same without ranks, engines, compiled GPU kernels, whole trainings and documentation"
 	@echo "make docs   the documentation as a site, into site/"
 	@echo "make bench  AdamW with and without gauges against torch's, tables into README and docs/speed.md"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"

@@ -16,7 +16,7 @@ MARKS = {
     "ranks": ("distributed/*", "*ranks*.py"),
     "engines": ("engines/*", "integrations/*"),
     "static": ("static/*",),
-    "simulated": ("policy/test_policy.py", "tuning/test_tune.py", "tuning/test_space.py", "tuning/test_survival.py"),
+    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report.py"),
     "pages": ("docs/*",),
     "device": ("device/*",),
 }
