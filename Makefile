@@ -6,12 +6,14 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
-.PHONY: help demo examples test lint bench bench-gpu wheel clean
+.PHONY: help demo examples test test-fast lint docs bench bench-gpu wheel clean
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
 	@echo "make examples  gauges in other frameworks' loops, one file each"
-	@echo "make test   lint, type check and all tests"
-	@echo "make bench  AdamW with and without gauges against torch's, table into README"
+	@echo "make test   lint, type check, documentation and all tests"
+	@echo "make test-fast  the same without ranks, engines, compiled GPU kernels, whole trainings and documentation"
+	@echo "make docs   the documentation as a site, into site/"
+	@echo "make bench  AdamW with and without gauges against torch's, tables into README and docs/speed.md"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"
 	@echo "make wheel  one wheel for every Python and torch, into dist/"
 	@echo "make clean  remove .venv and what was built"
@@ -37,6 +39,12 @@ examples: .venv/built
 test: lint
 	.venv/bin/python -m pytest
 
+test-fast: lint
+	.venv/bin/python -m pytest -m "not (slow or ranks or engines or static or simulated or pages)"
+
+docs: .venv/built
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 lint: .venv/built
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -54,4 +62,4 @@ wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

@@ -30,7 +30,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 from setups import SETUPS, STEPS, Row, readings_of, rows_of
 from torchrun import torchrun
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "readings.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "readings.md"
 CSV = Path(__file__).parent / "results" / "readings.csv"
 COLUMNS = (
     "date,commit,device,torch,configuration,precision,optimizer,gr_t,gr_t_truth,gr_t_error,gr_s,gr_s_truth,gr_s_error,"
@@ -105,7 +105,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def page(rows: list[Row]) -> str:
-    """docs/readings.md"""
+    """The text of docs/evidence/readings.md."""
     lines = [f"| {' | '.join(cells(row))} |" for row in rows]
     return "\n".join([PAGE, f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}", *lines, ""])
 

@@ -150,7 +150,7 @@ def origin(device: torch.device) -> dict[str, Any]:
 
 def commit() -> str:
     """Short hash of HEAD, with a + if the tree differs from it; what benchmarks write and build does not count."""
-    status = ["status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!grgauge_kernels/lib"]
+    status = ["status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!docs", ":!grgauge_kernels/lib"]
     try:
         head, changes = (
             subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

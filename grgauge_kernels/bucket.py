@@ -1,4 +1,4 @@
-"""Tensors -> segments -> chunks: what a kernel is told to visit.
+"""Tensors -> segments -> chunks: what a kernel visits.
 
 A segment is one tensor; a bucket is the segments of one device and one dtype; a chunk is a contiguous run of at most
 CHUNK elements inside one segment; a plan is the chunks to visit. Full coverage, a random sample and "all but the
@@ -26,24 +26,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Plan:
     """The chunks a kernel visits, in order.
 
-    rows      int64 [chunks, 4]: (segment, offset, length, state offset). The offset counts from the segment's first
-              element, or from the flat buffer's; the state offset counts visited elements, so `ema` and `previous`
-              are packed: flat float32 tensors of `states` elements.
-    segments  number of segments: the bucket's, visited or not; of a sample with replicates or certain blocks, one for
-              each part of a tensor, in the order of the tensors
-    tensor    int64 [segments], the tensor of the bucket that a segment is (part) of
-    stratum   int64 [segments], the same for parts that are samples of the same blocks; see `sampling.Replicated`
-    numel     visited elements
-    states    elements of `ema` and `previous`: `numel`, and with `align` the gaps behind segments of odd length
-    visited   int64 [segments], visited elements of each segment
-    scale     float64 [segments], what a sum over the visited elements is multiplied by to estimate the sum over the
-              whole segment (Horvitz-Thompson); 0 where nothing is visited. Where a tensor is in parts, the products of
-              its segments add up to its estimate. `sampling.sampled_sums` has the standard error
-    seen      bool [segments], True where anything is visited
-    complete  True if everything is visited, so that sums need no scale
-    flat      True if offsets count from one flat buffer
-    stream_sizes  elements of each tensor that a kernel is given: one a segment, or the one flat buffer
-    origins   int64 [segments], where each segment begins in the one flat buffer; None if offsets count from segments
+    A plan comes from `Bucket.plan`.
+
+    Attributes:
+        rows: int64 [chunks, 4]: (segment, offset, length, state offset). The offset counts from the first element of
+            the segment, or of the flat buffer. The state offset counts visited elements, so `ema` and `previous` are
+            packed: flat float32 tensors of `states` elements.
+        segments: Number of segments. Those of the bucket, visited or not; in a sample with replicates or certain
+            blocks, one for each part of a tensor, in the order of the tensors.
+        tensor: int64 [segments], the tensor of the bucket that a segment is, or is part of.
+        stratum: int64 [segments], equal for parts that are samples of the same blocks; see `sampling.Replicated`.
+        numel: Visited elements.
+        states: Elements of `ema` and `previous`: `numel`, and with `align` the gaps after segments of odd length.
+        visited: int64 [segments], visited elements of each segment.
+        scale: float64 [segments]. Multiply a sum over the visited elements by it to estimate the sum over the whole
+            segment (Horvitz-Thompson); 0 where nothing is visited. Where a tensor is in parts, the products of its
+            segments add up to its estimate. `sampling.sampled_sums` has the standard error.
+        seen: bool [segments], True where anything is visited.
+        complete: True if everything is visited, so that sums need no scale.
+        flat: True if offsets count from one flat buffer.
+        stream_sizes: Elements of each tensor that a kernel is given: one per segment, or the one flat buffer.
+        origins: int64 [segments], where each segment begins in the one flat buffer; None if offsets count from
+            segments.
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64], choice: Choice | None = None) -> None:
@@ -91,11 +95,22 @@ class Plan:
 class Bucket:
     """Segments of one device and one dtype.
 
-    tensors   dense tensors; nothing of them is kept but size, dtype, device and place
-    base      the flat buffer that all tensors are views of; offsets then count from its first element
+    Examples:
+        >>> bucket = Bucket([torch.zeros(5000), torch.zeros(7)])
+        >>> bucket
+        Bucket(5007 elements, 2 segments, loose, torch.float32, cpu)
+        >>> bucket.plan()
+        Plan(5007 of 5007 elements, 3 chunks, 2 segments)
+        >>> bucket.plan(skip=[0]).numel
+        7
 
-    Raises TypeError for a dtype other than float32, bfloat16 and float16, ValueError for sparse or overlapping memory
-    layouts, mixed dtypes or devices, or a tensor outside `base`.
+    Args:
+        tensors: Dense tensors. Only size, dtype, device and place are kept of them.
+        base: The flat buffer that all tensors are views of; offsets then count from its first element.
+
+    Raises:
+        TypeError: For a dtype other than float32, bfloat16 and float16.
+        ValueError: For sparse or overlapping memory layouts, mixed dtypes or devices, or a tensor outside `base`.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, base: Tensor | None = None) -> None:
@@ -128,16 +143,21 @@ class Bucket:
     ) -> Plan:
         """The chunks to visit: every element, or about `sample` of them, without the segments in `skip`.
 
-        replicates  0, or about how many samples within the sample to tell apart, for standard errors
-        certain     blocks to visit in any case, from `heavy_blocks` with the same `sample`
-        align       state offsets are multiples of it. With 8 one tensor of odd length does not push the states of all
-                    that follow off the alignment that GPU kernels need for wide loads; see `Plan.states`
-
         With replicates or certain blocks, a plan has a segment for each part of a tensor, and an op is given
         `plan.spread(tensors)`.
 
-        Raises ValueError if sample < 1, replicates < 0, align < 1, a number in `skip` is not a segment or `certain`
-        does not fit.
+        Args:
+            sample: Elements to visit, about; None for all.
+            seed: Which blocks a sample takes: the same ones for the same seed, on every rank.
+            skip: Numbers of segments to leave out.
+            replicates: 0, or about how many separate samples the sample consists of, for standard errors.
+            certain: Blocks to visit in any case, from `heavy_blocks` with the same `sample`.
+            align: State offsets are multiples of it. With 8, one tensor of odd length does not push all states after it
+                off the alignment that GPU kernels need for wide loads; see `Plan.states`.
+
+        Raises:
+            ValueError: If sample < 1, replicates < 0, align < 1, a number in `skip` is not a segment or `certain` does
+                not fit.
         """
         if align < 1:
             raise ValueError(f"align is {align}; it counts elements and must be at least 1")
@@ -152,12 +172,17 @@ class Bucket:
 
     @torch.no_grad()
     def heavy_blocks(self, tensors: Sequence[Tensor], sample: int) -> list[npt.NDArray[np.int64]]:
-        """Of each segment the blocks with the largest sum of squares, ascending, as many as a plan may be certain of.
+        """The blocks of each segment with the largest sums of squares, ascending, as many as a plan may always visit.
 
-        Reads all of `tensors`, one a segment, gradients in general; waits for the device; needs memory for one number a
-        block of one tensor at a time. Zeros and non-finite sums are left out. The same on all ranks whose tensors are.
+        Reads all of `tensors`, waits for the device, and needs memory for one number per block, one tensor at a time.
+        Blocks whose sum is zero or not finite are left out. Equal tensors give equal blocks on all ranks.
 
-        Raises ValueError if sample < 1, or if `tensors` are not the segments.
+        Args:
+            tensors: One per segment; gradients, in general.
+            sample: Elements to visit, as for `plan`.
+
+        Raises:
+            ValueError: If sample < 1, or if `tensors` are not the segments.
         """
         if sample < 1:
             raise ValueError(f"sample is {sample}; it counts elements and must be at least 1")

@@ -36,9 +36,12 @@ def flat_views(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, l
 class FlatBucket:
     """The gradients of parameters of one device and dtype, as views of one flat buffer.
 
-    params  the parameters, one a segment
-    grad    flat buffer of their gradients, with zeros between segments; [extent]
-    bucket  the segments, counted from the start of the buffer
+    Args:
+        params: The parameters, one a segment.
+
+    Attributes:
+        grad: Flat buffer of their gradients; [extent], with zeros between segments.
+        bucket: The segments, counted from the start of the buffer.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -69,7 +72,8 @@ class FlatBucket:
 
         A parameter without a gradient stays without one, and its place in the buffer holds zeros.
 
-        Raises RuntimeError for a sparse gradient, before anything is moved.
+        Raises:
+            RuntimeError: For a sparse gradient, before anything is moved.
         """
         for i, p in enumerate(self.params):
             if p.grad is not None and p.grad.layout != torch.strided:
@@ -103,9 +107,19 @@ class FlatBuckets:
     untouched. Gradients accumulate into the views; `zero_grad` of this class zeroes them in place. Use it as a context
     manager, or call `detach()`, to give every gradient memory of its own again.
 
-    params  parameters; frozen ones (requires_grad=False) are left out
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> flat = FlatBuckets(model.parameters())
+        >>> flat.buckets
+        [FlatBucket(2 parameters, 8 elements, torch.float32)]
+        >>> flat.detach()
 
-    Raises TypeError or ValueError for a parameter that no bucket can hold.
+    Args:
+        params: Parameters of any devices and dtypes. Frozen ones (requires_grad=False) are left out.
+
+    Raises:
+        TypeError: If no bucket holds parameters of that dtype.
+        ValueError: If a parameter has gaps between its elements.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:

@@ -21,11 +21,9 @@ of threads, order of chunks and run (`backends.reference.random_bits` is the def
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import ModuleType
-from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -67,7 +65,12 @@ _library.define(
 
 
 def backends() -> dict[str, bool | str]:
-    """Name of each backend -> True if it runs here, else the reason why it does not."""
+    """Name of each backend -> True if it runs here, else the reason why it does not.
+
+    Examples:
+        >>> backends()["reference"]
+        True
+    """
     return {name: module.unavailable() or True for name, module in BACKENDS.items()}
 
 
@@ -132,18 +135,31 @@ def measure_(
 ) -> Tensor:
     """Read the gradients once; update `ema` and `previous`; return the six sums of each segment.
 
-    grads      one dense tensor a segment, or for a flat plan the one flat buffer; float32, bfloat16 or float16
-    plan       the chunks to visit, from `Bucket.plan`
-    ema        float32 [plan.states], m <- beta m + (1 - beta) g, in place
-    previous   float32 [plan.states], the gradient of the last call, replaced in place
-    beta       smoothing factor of `ema`, in (0, 1)
-    inv_scale  float32 [1] or [] on the device: g = grad * inv_scale
-    backend    a name from `backends()`, or None for the best one of the device
+    Args:
+        grads: One dense tensor per segment, or the one flat buffer of a flat plan; float32, bfloat16 or float16.
+        plan: The chunks to visit, from `Bucket.plan`.
+        ema: float32 [plan.states], updated in place: m <- beta m + (1 - beta) g.
+        previous: float32 [plan.states], the gradient of the last call, replaced in place.
+        beta: Smoothing factor of `ema`, in (0, 1).
+        inv_scale: float32 [1] or [] on the device: g = grad * inv_scale.
+        backend: a name from `backends()`, or None for the best one of the device.
 
-    Returns float64 [segments, 6], the columns named by STATS, over the visited elements (see `Plan.scale`). Columns of
-    a state that was not given are 0.
+    Returns:
+        float64 [segments, 6], the columns named by STATS, over the visited elements (see `Plan.scale`). Columns of a
+        state that was not given are 0.
 
-    Raises ValueError or TypeError naming the argument that is wrong, before anything is changed.
+    Raises:
+        ValueError: For a wrong size, device, layout or number. It names the argument; nothing has been changed.
+        TypeError: For a wrong dtype, likewise.
+
+    Examples:
+        >>> from grgauge_kernels import Bucket
+        >>> grads = [torch.tensor([3.0, -4.0]), torch.tensor([1.0, torch.inf])]
+        >>> stats = measure_(grads, Bucket(grads).plan())
+        >>> stats[:, STATS.index("grad_sq")]
+        tensor([25.,  1.], dtype=torch.float64)
+        >>> stats[:, STATS.index("nonfinite")]
+        tensor([0., 1.], dtype=torch.float64)
     """
     _check_streams(plan, grads=grads)
     _check_states(plan, ema, previous, beta)
@@ -158,6 +174,113 @@ def measure_(
         return _backend(backend, plan.rows.device).measure_(*args)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"measure_: {error}") from error
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    plan: Plan,
+    *,
+    step: Tensor | int,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema: Tensor | None = None,
+    previous: Tensor | None = None,
+    beta: float = 0.9,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    zero_grad: bool = False,
+    maximize: bool = False,
+    sums: bool = True,
+    seed: int = 0,
+    stochastic_rounding: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """torch's AdamW update of every visited element, and the sums of `measure_` in the same pass.
+
+    Moments in bfloat16 are computed in float32 and rounded stochastically: the same bits for every number of threads,
+    on every run and by every backend. The second sum is then over exp_avg as computed in this step, before it is
+    rounded. What it still carries is the noise of earlier roundings: one adds r m^2 to the expected square of an
+    element, where r is at most 2^-16 and 5.5e-6 on average, so the sum is too large by r beta1^2 / (1 - beta1^2) of
+    itself: at most 6.5e-5, 2.3e-5 on average with beta1 = 0.9. (Over the rounded values it would be
+    r / (1 - beta1^2).)
+
+    Args:
+        params: float32, bfloat16 or float16, updated in place; one tensor per segment, or one flat buffer.
+        grads: Likewise; their dtype may be another one.
+        exp_avgs: float32 or bfloat16, updated in place. The parameter's update takes them as they are before rounding.
+        exp_avg_sqs: Likewise, and of the same dtype.
+        plan: The chunks to visit, from `Bucket.plan`.
+        step: Number of this update, from 1: an int, or float32 [] or [segments] on the device.
+        lr: A number, or a tensor of one element on the device.
+        betas: As in torch.optim.AdamW.
+        eps: As in torch.optim.AdamW.
+        weight_decay: As in torch.optim.AdamW.
+        ema: As in `measure_`. Without it the second sum is over exp_avg^2: with betas[0] = beta and no clipping,
+            exp_avg is the gauge's own m.
+        previous: As in `measure_`.
+        beta: As in `measure_`.
+        inv_scale: g = grad * inv_scale, for the sums and for the update.
+        found_inf: One float32 element on the device. If it is not 0, nothing is changed and the sums are NaN.
+        clip: One float32 element on the device. The update uses g * clip, the sums use g.
+        zero_grad: Write zeros to the gradient after the update.
+        maximize: Ascend instead of descend.
+        sums: If False, take no sums and return an empty tensor.
+        seed: In [0, 2**32): which random bits stochastic rounding takes. Buckets of one optimizer should have
+            different ones, all ranks that hold the same parameters the same.
+        stochastic_rounding: Round bfloat16 parameters stochastically instead of to nearest, so that updates below half
+            a place are not lost. Refused for parameters of other dtypes.
+        backend: A name from `backends()`, or None for the best one of the device.
+
+    Returns:
+        float64 [segments, 6] as from `measure_`.
+
+    Raises:
+        ValueError: As for `measure_`, before anything is changed.
+        TypeError: As for `measure_`, before anything is changed.
+
+    Examples:
+        >>> from grgauge_kernels import Bucket
+        >>> params, grads = [torch.ones(4)], [torch.full((4,), 0.5)]
+        >>> moments, squares = [torch.zeros(4)], [torch.zeros(4)]
+        >>> plan = Bucket(params).plan()
+        >>> stats = adamw_(
+        ...     params, grads, moments, squares, plan, step=1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        ... )
+        >>> params[0]
+        tensor([0.9000, 0.9000, 0.9000, 0.9000])
+        >>> dict(zip(STATS, stats[0].tolist()))["grad_sq"]
+        1.0
+    """
+    return prepare_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        plan,
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        ema=ema,
+        previous=previous,
+        beta=beta,
+        inv_scale=inv_scale,
+        found_inf=found_inf,
+        clip=clip,
+        zero_grad=zero_grad,
+        maximize=maximize,
+        sums=sums,
+        seed=seed,
+        stochastic_rounding=stochastic_rounding,
+        backend=backend,
+    )()
 
 
 def prepare_adamw_(
@@ -276,54 +399,8 @@ def _run(run: Callable[[], Tensor], update: Update) -> Tensor:
     return stats
 
 
-_P = ParamSpec("_P")
-
-
-def _at_once(prepare: Callable[_P, Callable[[], Tensor]]) -> Callable[_P, Tensor]:
-    """`prepare` and the call that it returns, in one; with the same arguments, which are then listed only there."""
-
-    def adamw_(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        return prepare(*args, **kwargs)()
-
-    signature = inspect.signature(prepare).replace(return_annotation="Tensor")
-    adamw_.__signature__ = signature  # type: ignore[attr-defined]
-    adamw_.__module__ = prepare.__module__
-    return adamw_
-
-
-adamw_ = _at_once(prepare_adamw_)
-adamw_.__doc__ = """torch's AdamW update of every visited element, and the sums of `measure_` in the same pass.
-
-params, grads            float32, bfloat16 or float16; a dtype each. One tensor a segment, or one flat buffer
-exp_avgs, exp_avg_sqs    float32 or bfloat16, both alike, updated in place. In bfloat16 they are computed in float32 and
-                         rounded stochastically; the parameter's update takes them as they were before rounding
-step                     number of this update, from 1: an int, or float32 [] or [segments] on the device
-lr                       a number, or a tensor of one element on the device
-betas, eps, weight_decay as in torch.optim.AdamW
-ema, previous, beta      as in `measure_`. Without `ema` the second sum is over exp_avg^2: with betas[0] = beta and
-                         no clipping, exp_avg is the gauge's own m
-inv_scale                g = grad * inv_scale, seen by the sums and by the update
-found_inf                one float32 element on the device; not 0: nothing is changed and the sums are NaN
-clip                     one float32 element on the device: the update takes g * clip, the sums see g
-zero_grad                write zeros to the gradient after the update
-maximize                 ascend instead of descend
-sums                     False: no sums, returns an empty tensor
-seed                     an int in [0, 2**32): which random bits stochastic rounding takes. Buckets of one optimizer
-                         should have different ones, all ranks that hold the same parameters the same
-stochastic_rounding      round bfloat16 parameters stochastically instead of to nearest, so that updates below half a
-                         place are not lost. Refused for parameters of other dtypes
-
-With bfloat16 moments the second sum is over exp_avg as computed in this step, before it is rounded. What it still
-carries is the noise of earlier roundings: one adds r m^2 to the expected square of an element, where r is at most 2^-16
-and 5.5e-6 on average, so the sum is too large by r beta1^2 / (1 - beta1^2) of itself: at most 6.5e-5, 2.3e-5 on
-average with beta1 = 0.9. (Over the rounded values it would be r / (1 - beta1^2).)
-
-Returns float64 [segments, 6] as `measure_` does. Raises like `measure_`, before anything is changed.
-"""
-
-
 def _traced() -> bool:
-    """True if somebody records or redirects ops: then calls go through torch's dispatcher, at three times the cost.
+    """True if ops are being recorded or redirected: calls then go through torch's dispatcher, at three times the cost.
 
     Otherwise the kernel is called directly, which at 0.1 M parameters is a quarter of a step saved.
     """

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from grgauge_kernels.backends import cpu
+
+TESTS = Path(__file__).parent
+
+MARKS = {
+    "ranks": ("distributed/*", "*ranks*.py"),
+    "engines": ("engines/*", "integrations/*"),
+    "static": ("static/*",),
+    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report.py"),
+    "pages": ("docs/*",),
+    "device": ("device/*",),
+}
+"""Marker -> the folders and files of tests that have it; `make test-fast` goes by them."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else item.path
+        for mark, patterns in MARKS.items():
+            if any(path.match(pattern) for pattern in patterns):
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

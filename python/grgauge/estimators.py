@@ -8,8 +8,8 @@
 Sources: "GR-Gauge" (Wang and Chen), supplement, App. C and D; McCandlish et al., "An Empirical Model of Large-Batch
 Training", App. A.1. Sizes are in samples, or in tokens where losses are means over tokens: then so is the noise scale.
 
-Malformed arguments raise ValueError, naming the argument, its value and what it must be. A measurement that is not
-finite is no error: functions hand on nan.
+A malformed argument raises a ValueError that names the argument, its value and what it must be. A measurement that is
+not finite is no error: the result is then nan.
 """
 
 from __future__ import annotations
@@ -24,10 +24,19 @@ __all__ = ["Groups", "gr_s", "gr_t", "noise_scale_from_xi", "two_batch"]
 
 
 def gr_t(grad_sq_mean: float, ema_sq: float) -> float:
-    """V / |m|^2 from the bias-corrected moving mean of sum g^2 and the sum of squares of the bias-corrected EMA of g.
+    """GR_T, the temporal gauge: V / |m|^2.
 
-    At least 1, but for rounding. inf when the EMA is exactly 0 and the gradients are not; nan when both are 0 or either
-    is not finite.
+    Args:
+        grad_sq_mean: V, the bias-corrected moving mean of sum g^2.
+        ema_sq: |m|^2, the sum of squares of the bias-corrected EMA of g.
+
+    Returns:
+        At least 1, but for rounding; inf when the EMA is exactly 0 and the gradients are not; nan when both are 0 or
+        either is not finite.
+
+    Examples:
+        >>> gr_t(grad_sq_mean=40.0, ema_sq=2.0)
+        20.0
     """
     require(not grad_sq_mean < 0.0, "grad_sq_mean", grad_sq_mean, "at least 0")
     require(not ema_sq < 0.0, "ema_sq", ema_sq, "at least 0")
@@ -39,7 +48,7 @@ def gr_t(grad_sq_mean: float, ema_sq: float) -> float:
 
 
 class Groups(NamedTuple):
-    """What one step's groups (ranks or micro-batches) tell: the arguments of `two_batch`, in its order."""
+    """What is measured of one step's groups (ranks or micro-batches): the arguments of `two_batch`, in its order."""
 
     group_sq: list[float]
     grad_sq: float
@@ -55,15 +64,30 @@ def two_batch(
 ) -> tuple[float, float]:
     """(S, G2): unbiased estimates of tr Cov(per-sample gradient) and |true gradient|^2, from n >= 2 independent groups.
 
-    `group_sq[i]` is |G_i|^2 of the mean gradient of group i over `group_sizes[i]` = b_i samples, and `grad_sq` is |g|^2
-    of g = sum p_i G_i. `weights` are the p_i, of any scale; None means p_i = b_i / B, the mean over all samples. (Ranks
-    of unequal batches whose gradients are simply averaged have equal weights.) With
+    With G_i the mean gradient of group i over b_i samples, and g = sum p_i G_i that of the step,
 
         A = sum p_i |G_i|^2,  E A = G2 + a S,  a = sum p_i   / b_i
         C = |g|^2,            E C = G2 + c S,  c = sum p_i^2 / b_i
 
-    S = (A - C) / (a - c) and G2 = C - c S: for equal groups the two-batch-size estimator of McCandlish et al. Either
-    may come out negative, and G2 often does. nan when a square is not finite.
+    S = (A - C) / (a - c) and G2 = C - c S: for equal groups the two-batch-size estimator of McCandlish et al.
+
+    Args:
+        group_sq: |G_i|^2 of each group.
+        grad_sq: |g|^2.
+        group_sizes: b_i, in samples.
+        weights: p_i, on any scale; None: p_i = b_i / B, the mean over all samples. Ranks of unequal batches whose
+            gradients are simply averaged have equal weights.
+
+    Returns:
+        S and G2. Either may be negative, and G2 often is. nan when a square is not finite.
+
+    Raises:
+        ValueError: For fewer than two groups, and for lists of unequal length or numbers out of range.
+
+    Examples:
+        >>> s, g2 = two_batch(group_sq=[3.0, 3.0], grad_sq=2.0, group_sizes=[8, 8])
+        >>> s, g2, s / g2  # tr Cov, |true gradient|^2, noise scale in samples
+        (16.0, 1.0, 16.0)
     """
     n = len(group_sizes)
     if n < 2:
@@ -90,9 +114,20 @@ def two_batch(
 
 
 def gr_s(s: float, g2: float, batch_size: float) -> float:
-    """(G2 + S) / (B G2 + S), in (0, 1], with S and G2 clipped to at least 0 (Lemma 2 with mu = S / G2).
+    """GR_S, the spatial gauge: (G2 + S) / (B G2 + S), with S and G2 clipped to at least 0 (Lemma 2 with mu = S / G2).
 
-    1 where G2 is 0 or negative: nothing but noise. nan when both are, or either is not finite.
+    Args:
+        s: Estimate of tr Cov(per-sample gradient).
+        g2: Estimate of |true gradient|^2.
+        batch_size: B, in samples.
+
+    Returns:
+        A number in (0, 1]; 1 where G2 is 0 or negative, which means nothing but noise; nan when both are, or when
+        either is not finite.
+
+    Examples:
+        >>> round(gr_s(s=16.0, g2=1.0, batch_size=16), 3)
+        0.531
     """
     require_batch(batch_size)
     if not (math.isfinite(s) and math.isfinite(g2)) or (s <= 0.0 and g2 <= 0.0):
@@ -108,10 +143,23 @@ def gr_s(s: float, g2: float, batch_size: float) -> float:
 def noise_scale_from_xi(xi: Sequence[float], batch_size: float, groups: int, first: int = 2) -> float:
     """The noise scale mu from xi_k = sum_{i<=k} |G_i|^2 / |sum_{i<=k} G_i|^2 of equal groups (Eq. 31, 34).
 
-    `xi[k - 1]` is xi_k, so `xi[0]` is 1, and says nothing. The mean of ((k-1) / (1 - xi_k) - k) B / n over k from
-    `first` to the last given: n/B being one constant, the source's linear fit is this mean. With `first` = `groups` = n
-    it is S / G2 of `two_batch`, and that is the one to use: each term is a ratio of noisy numbers, negative or huge at
-    will, those of small k most of all. inf where a xi_k is 1 (orthogonal sums); nan where one is not finite.
+    It is the mean of ((k-1) / (1 - xi_k) - k) B / n over k, from `first` to the last one given. Since n/B is one
+    constant, the source's linear fit is this mean. With `first` = `groups` = n it is S / G2 of `two_batch`, and that is
+    the one to
+    use: each term is a ratio of noisy numbers that may be negative or huge, above all for small k.
+
+    Args:
+        xi: xi[k - 1] is xi_k, so xi[0] is 1 and says nothing.
+        batch_size: B, in samples.
+        groups: n.
+        first: The smallest k that counts.
+
+    Returns:
+        The noise scale in samples; inf where a xi_k is 1 (orthogonal sums), nan where one is not finite.
+
+    Examples:
+        >>> noise_scale_from_xi([1.0, 0.75, 0.6, 0.5], batch_size=32, groups=4)
+        16.0
     """
     require_batch(batch_size)
     require(2 <= groups <= batch_size, "groups", groups, "at least 2 and at most batch_size")

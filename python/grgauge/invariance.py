@@ -1,13 +1,12 @@
 """Trajectory invariance: which of learning rate and weight decay to search, and when two runs are the same run.
 
-Under AdamW the curves of loss, gradient norm and gradient noise first depend on the learning rate alone, for a number
-of iterations; later those of equal gamma = lr * weight_decay overlap. So one of the two numbers can be fixed, and the
-other varied along the salient direction: gamma in long runs or with small batches, that is with many iterations; the
-learning rate in short runs or with large batches.
+Under AdamW the curves of loss, gradient norm and gradient noise first depend on the learning rate alone. Later, curves
+of equal gamma = lr * weight_decay overlap. So one of the two numbers can be fixed and the other varied, along the
+salient direction: gamma in runs of many iterations (long runs, small batches), the learning rate in runs of few.
 
 Source: Li et al., "Efficient Hyperparameter Tuning via Trajectory Invariance Principle", arXiv 2509.25049. That gamma
-is the rate at which weights are forgotten, and 1 / gamma their time scale in iterations, is AdamW's update itself:
-w <- (1 - lr wd) w - lr u. Which makes gamma * steps, the `age` of a run, the number that tells the regimes apart.
+is the rate at which weights are forgotten, and 1 / gamma their time scale in iterations, follows from AdamW's update:
+w <- (1 - lr wd) w - lr u. So gamma * steps, the `age` of a run, is the number that separates the regimes.
 
 Plain numbers in and out, no torch, no I/O. Every function raises ValueError, naming the argument, its value and what it
 must be.
@@ -60,23 +59,38 @@ EQUAL = 0.02
 
 
 def gamma(lr: float, weight_decay: float) -> float:
-    """lr * weight_decay: the share of every weight that AdamW forgets in one iteration."""
+    """lr * weight_decay: the share of every weight that AdamW forgets in one iteration.
+
+    Examples:
+        >>> gamma(lr=1e-3, weight_decay=0.1)
+        0.0001
+    """
     _require_lr(lr)
     require(0.0 <= weight_decay < math.inf, "weight_decay", weight_decay, "finite and at least 0")
     return lr * weight_decay
 
 
 def time_scale(gamma: float) -> float:
-    """1 / gamma: iterations in which weights fall to 1/e without updates. inf at 0. With lr 2e-5 and wd 0.01: 5e6."""
+    """1 / gamma: the iterations after which weights without updates have fallen to 1/e; inf at 0.
+
+    Examples:
+        >>> round(time_scale(gamma(lr=2e-5, weight_decay=0.01)))
+        5000000
+    """
     _require_gamma(gamma)
     return 1.0 / gamma if gamma else math.inf
 
 
 def decay_within(lr: float, steps: float) -> float:
-    """The weight decay whose time scale 1/gamma is twice a run of so many iterations: gamma does not yet count alone.
+    """The weight decay whose time scale 1/gamma is twice as long as a run of so many iterations.
 
-    In bench/invariance.py the smallest gamma, whose runs last 1.8 time scales, ends with the lowest loss of three at
-    every learning rate; in bench/space.py starts that forget faster take up to four times the samples.
+    With it gamma does not yet count alone. In bench/invariance.py the smallest of three gammas, whose runs last 1.8
+    time scales, ends with the lowest loss at every learning rate. In bench/space.py starts that forget faster take up
+    to four times the samples.
+
+    Examples:
+        >>> decay_within(lr=1e-3, steps=5000)
+        0.1
     """
     _require_lr(lr)
     require(0.0 < steps < math.inf, "steps", steps, "finite and above 0")
@@ -88,11 +102,13 @@ def decay_within(lr: float, steps: float) -> float:
 
 @dataclass(frozen=True)
 class Regime:
-    """Along which direction curves differ, at a step or of a run with so many of them.
+    """The direction along which curves differ, at one step or over a whole run.
 
-    salient  "lr": equal learning rates give equal curves; "gamma": equal gammas do; "both": in between, neither does
-    age      gamma * step, in time scales of the weights
-    reason   why, in words
+    Attributes:
+        salient: "lr": equal learning rates give equal curves; "gamma": equal gammas do; "both": in between, where
+            neither does.
+        age: gamma * step, in time scales of the weights.
+        reason: Why, in words.
     """
 
     salient: Literal["lr", "gamma", "both"]
@@ -103,13 +119,20 @@ class Regime:
 def regime(step: float, gamma: float, *, early: float = EARLY, settled: float = SETTLED) -> Regime:
     """The regime at iteration `step`; for a whole run, that of its last iteration.
 
-    step     iterations so far
-    gamma    lr * weight_decay, of the peak learning rate or its mean over the run
-    early    iterations of the early phase
-    settled  the age gamma * step from which gamma is salient
+    Args:
+        step: Iterations so far.
+        gamma: lr * weight_decay, of the peak learning rate or its mean over the run.
+        early: Iterations of the early phase.
+        settled: The age gamma * step from which gamma is salient.
 
     The learning rate is salient up to `early` iterations, and as long as weight decay is negligible (age below 0.05):
     short fine-tuning with lr 2e-5 and wd 0.01 has age 2e-7 * step and never leaves this regime.
+
+    Examples:
+        >>> regime(step=2000, gamma=2e-7).salient
+        'lr'
+        >>> regime(step=20_000, gamma=3e-4).salient
+        'gamma'
     """
     require(0.0 <= step < math.inf, "step", step, "finite and at least 0")
     require(0.0 <= early < math.inf, "early", early, "finite and at least 0")
@@ -127,13 +150,19 @@ def regime(step: float, gamma: float, *, early: float = EARLY, settled: float = 
 
 
 def equivalent(a: Config, b: Config, regime: Regime, tolerance: float = EQUAL) -> bool:
-    """True if the curves of two runs of the same length overlap, so that one need not be run.
+    """True if the curves of two runs of the same length overlap, so that only one needs to be run.
 
-    `regime` is that of the run with the larger gamma. The batch sizes must be equal, and with "lr" the learning rates,
-    with "gamma" the gammas, with "both" the two, all within the relative `tolerance`. Both learning rates are taken to
-    be stable ones: a run that diverges is equivalent to nothing.
+    The batch sizes must be equal. So must what is salient, within the relative `tolerance`: the learning rates, the
+    gammas, or both. Both learning rates are taken to be stable: a run that diverges is equivalent to nothing.
 
-    Raises ValueError for a config without weight decay: "as it is" cannot be compared.
+    Args:
+        a: One configuration, with a weight decay.
+        b: The other.
+        regime: That of the run with the larger gamma.
+        tolerance: Relative difference up to which two rates count as equal.
+
+    Raises:
+        ValueError: For a config without weight decay: "as it is" cannot be compared.
     """
     require(0.0 <= tolerance < 1.0, "tolerance", tolerance, "in [0, 1)")
     decays = [_decay_of(a, "a"), _decay_of(b, "b")]
@@ -151,9 +180,10 @@ def equivalent(a: Config, b: Config, regime: Regime, tolerance: float = EQUAL) -
 class Curve:
     """One quantity over a run: loss, gradient norm, noise scale or GR_T.
 
-    group   what is equal in all runs that are expected to overlap: gamma, or the learning rate
-    steps   ascending
-    values  above 0, one a step; NaN where the quantity cannot be told
+    Attributes:
+        group: What is equal in all runs that are expected to overlap: gamma, or the learning rate.
+        steps: Ascending.
+        values: Above 0, one a step; NaN where the quantity is unknown.
     """
 
     group: float | str
@@ -165,9 +195,10 @@ class Curve:
 class Collapse:
     """How well curves of a group overlap.
 
-    within   root mean square of log(y_i / y_j) over pairs of the same group and points: a relative difference
-    between  the same over pairs of different groups
-    points   points that it was taken over
+    Attributes:
+        within: Root mean square of log(y_i / y_j) over pairs of the same group and points: a relative difference.
+        between: The same over pairs of different groups.
+        points: Points that it was taken over.
     """
 
     within: float
@@ -183,15 +214,22 @@ class Collapse:
 def collapse_error(
     runs: Sequence[Curve], *, after: float = 0.0, before: float = math.inf, points: int = 100
 ) -> Collapse:
-    """How far curves of the same group differ, against those of different groups.
+    """How far curves of the same group differ, compared with curves of different groups.
 
-    Every curve is interpolated linearly, in the logarithm of its values, at `points` equidistant steps of the range
-    that all curves cover within [after, before]. Logarithms make differences relative, and give a curve that falls by
-    orders of magnitude the same say everywhere; a pair of groups counts for as much as it has pairs of curves. Noise
-    between neighbouring steps counts as difference, within and between alike: smooth before.
+    Each curve is interpolated linearly, in the logarithm of its values, at `points` equidistant steps of the range that
+    all curves cover within [after, before]. Logarithms make differences relative, so that a curve which falls by orders
+    of magnitude has the same weight everywhere. A pair of groups counts as often as it has pairs of curves. Noise
+    between neighbouring steps counts as a difference, so smooth the curves first.
 
-    Raises ValueError for a value that is not above 0, steps that do not ascend, less than two groups, no group with two
-    curves, and curves without a common range.
+    Args:
+        runs: The curves, of at least two groups, one of which has two curves.
+        after: The first step to compare.
+        before: The last one.
+        points: Steps at which the curves are compared.
+
+    Raises:
+        ValueError: For a value that is not above 0, steps that do not ascend, less than two groups, no group with two
+            curves, and curves without a common range.
     """
     require(points >= 2, "points", points, "at least 2")
     axes, logs = zip(*(_log_curve(run, f"runs[{i}]") for i, run in enumerate(runs)), strict=True) if runs else ((), ())
@@ -231,9 +269,10 @@ Range = float | tuple[float, float]
 class Space:
     """What a search may choose from: each a number, if it is fixed, or the ends (low, high) of a range.
 
-    lr            learning rates, above 0
-    weight_decay  above 0 in a range; a fixed 0 is allowed
-    batch_size    samples, at least 1
+    Attributes:
+        lr: Learning rates, above 0.
+        weight_decay: Above 0 in a range; a fixed 0 is allowed.
+        batch_size: Samples, at least 1.
     """
 
     lr: Range
@@ -266,9 +305,9 @@ class Space:
         return lr_low * low, lr_high * high
 
     def regime(self, steps: float, *, early: float = EARLY, settled: float = SETTLED) -> Regime:
-        """The regime of runs of this space with so many iterations, where all of them share one.
+        """The regime that all runs of this space share after so many iterations.
 
-        Where they do not, "both": a search then has both dimensions to go through.
+        Where they do not share one it is "both": a search then has to go through both dimensions.
         """
         least, largest = (regime(steps, g, early=early, settled=settled) for g in self.gamma)
         if least.salient == largest.salient:
@@ -285,9 +324,10 @@ class Space:
 class Line:
     """A `Space` along its salient dimension, in logarithmic measure.
 
-    lr     the learning rate varies, weight decay is fixed at the geometric middle of its range
-    gamma  gamma varies from its least to its largest value. Weight decay stays in the middle of its range as long as
-           the learning rate can make up gamma alone; towards the ends it gives way
+    Attributes:
+        lr: The learning rate varies, weight decay is fixed at the geometric middle of its range.
+        gamma: gamma varies from its least to its largest value. Weight decay stays in the middle of its range as long
+            as the learning rate alone can give that gamma; towards the ends it changes too.
     """
 
     space: Space
@@ -324,11 +364,13 @@ class Line:
 
 
 def unsearched(config: Config, steps: float) -> str:
-    """Whether the weight decay counts that a search along the learning rate has held, in words.
+    """Says in words whether the weight decay matters that a search along the learning rate left fixed.
 
-    steps  updates that the weights have had; `regime` says why
+    Args:
+        steps: Updates that the weights have had; `regime` says why.
 
-    Raises ValueError for a config without weight decay.
+    Raises:
+        ValueError: For a config without weight decay.
     """
     decay = _decay_of(config, "config")
     salient = regime(steps, gamma(config.lr, decay)).salient
@@ -341,13 +383,23 @@ def unsearched(config: Config, steps: float) -> str:
 
 
 def decay_after(before: Config, lr: float, batch_size: float, rule: Rule = "decay") -> tuple[float, str]:
-    """(weight decay, what happens to it in words) when a run goes on with another learning rate or batch size.
+    """The weight decay for a run that goes on with another learning rate or batch size, and the reason in words.
 
-    rule  "decay": weight decay stays, so gamma goes with the learning rate; torch's own behaviour
-          "gamma": lr * weight_decay stays, so the weights' time scale stays the same number of iterations
-          "gamma per batch": gamma goes with the batch size, so the time scale stays the same number of samples
+    Args:
+        before: The configuration so far.
+        lr: The new learning rate.
+        batch_size: The new batch size in samples.
+        rule: "decay": weight decay stays, and gamma follows the learning rate, which is torch's own behaviour. "gamma":
+            lr * weight_decay stays, so the weights' time scale is the same number of iterations. "gamma per batch":
+            gamma follows the batch size, so the time scale is the same number of samples.
 
-    Raises ValueError for an unknown rule, and for a config without weight decay.
+    Raises:
+        ValueError: For an unknown rule, and for a config without weight decay.
+
+    Examples:
+        >>> decay, why = decay_after(Config(3e-3, 64, 0.1), lr=1e-3, batch_size=64, rule="gamma")
+        >>> round(decay, 3)
+        0.3
     """
     _require_lr(lr)
     require_batch(batch_size)

@@ -55,7 +55,7 @@ class Reading:
     Args:
         table: makes `segments`.
 
-    Example:
+    Examples:
         >>> from grgauge import Reading
         >>> reading = Reading(
         ...     step=50, batch_size=64, gr_t=12.0, gr_t_error=1.5, settled=0.99, gr_s=None, gr_s_error=None,

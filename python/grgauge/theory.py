@@ -52,26 +52,45 @@ def _require_noise_scale(noise_scale: float) -> None:
 
 
 def aligned() -> float:
-    """GR_T when all gradients agree: 1, the smallest value it can take. Exact, for every beta and every t."""
+    """GR_T when all gradients agree: 1, the smallest value it can take. Exact, for every beta and every t.
+
+    Examples:
+        >>> aligned()
+        1.0
+    """
     return 1.0
 
 
 def uncorrelated(beta: float = 0.9) -> float:
-    """GR_T of zero-mean gradients without correlation between iterations: (1+b)/(1-b), 19 at 0.9. Exact, t -> inf."""
+    """GR_T of zero-mean gradients without correlation between iterations: (1+b)/(1-b), 19 at 0.9. Exact, t -> inf.
+
+    Examples:
+        >>> round(uncorrelated(), 6)
+        19.0
+    """
     _require_beta(beta)
     return (1.0 + beta) / (1.0 - beta)
 
 
 def period2(beta: float = 0.9) -> float:
-    """GR_T of a gradient that flips its sign at every iteration: ((1+b)/(1-b))^2, 361 at 0.9. Exact, t -> inf."""
+    """GR_T of a gradient that flips its sign at every iteration: ((1+b)/(1-b))^2, 361 at 0.9. Exact, t -> inf.
+
+    Examples:
+        >>> round(period2(), 6)
+        361.0
+    """
     return uncorrelated(beta) ** 2
 
 
 def finite_time_factor(t: float, beta: float = 0.9) -> float:
     """(1 - beta^t) / (1 + beta^t): the share of `uncorrelated(beta)` that white noise reads after t iterations. Exact.
 
-    From a cold start, with bias-corrected moments; at 0.9: 1/19 at t = 1 (so it reads exactly 1), 0.48 at 10, 0.78 at
-    20, 0.99 at 50. A target for GR_T is compared with a young reading only after scaling by this. 0 at t = 0.
+    This is for a cold start and bias-corrected moments. It is 0 at t = 0 and 1/19 at t = 1, where GR_T reads exactly 1.
+    Scale a target for GR_T by it before comparing it with a young reading.
+
+    Examples:
+        >>> [round(finite_time_factor(t), 2) for t in (10, 20, 50)]
+        [0.48, 0.78, 0.99]
     """
     _require_beta(beta)
     require(t >= 0.0, "t", t, "at least 0")
@@ -82,15 +101,24 @@ def finite_time_factor(t: float, beta: float = 0.9) -> float:
 def autocorrelated(correlation: float, beta: float = 0.9) -> float:
     """GR_T when gradients k iterations apart have correlation c^k: (1+b)(1-cb) / ((1-b)(1+cb)). Exact, t -> inf.
 
-    `correlation` c in [-1, 1] is the mean inner product of successive gradients over their mean square. One curve
-    through all three landmarks: c = 1 reads 1, c = 0 reads 19, c = -1 reads 361. The source's target 20 is c = -0.028.
+    `correlation` c in [-1, 1] is the mean inner product of successive gradients over their mean square. The curve runs
+    through all three landmarks. The source's target of 20 is c = -0.028.
+
+    Examples:
+        >>> [round(autocorrelated(c), 3) for c in (1, 0, -1)]
+        [1.0, 19.0, 361.0]
     """
     require(-1.0 <= correlation <= 1.0, "correlation", correlation, "in [-1, 1]")
     return uncorrelated(beta) * (1.0 - correlation * beta) / (1.0 + correlation * beta)
 
 
 def autocorrelation(gr_t: float, beta: float = 0.9) -> float:
-    """The inverse of `autocorrelated`: the correlation of successive gradients that a settled GR_T amounts to."""
+    """The inverse of `autocorrelated`: the correlation of successive gradients that a settled GR_T stands for.
+
+    Examples:
+        >>> round(autocorrelation(20.0), 3)
+        -0.028
+    """
     low, high = aligned(), period2(beta)
     require(low <= gr_t <= high, "gr_t", gr_t, f"between {low:g} and {high:g}, the range of GR_T at beta = {beta:g}")
     white = uncorrelated(beta)
@@ -100,8 +128,12 @@ def autocorrelation(gr_t: float, beta: float = 0.9) -> float:
 def steady_signal(signal_to_noise: float, beta: float = 0.9, t: float | None = None) -> float:
     """GR_T of a constant true gradient under fresh noise: (1+s) / (s + (1-b)/(1+b)), s = B / mu. Exact.
 
-    At 0.9: s = 1 -> 1.9, 0.1 -> 7.2, 0.01 -> 16.1, 0 -> 19, inf -> 1. Below s of about 0.003 the gauge is blind to the
-    learning rate. `t` counts iterations since a cold start; None means long after it. (Ratio of expectations.)
+    Below s of about 0.003 the gauge is blind to the learning rate. `t` counts iterations since a cold start; None means
+    long after it. (Ratio of expectations.)
+
+    Examples:
+        >>> [round(steady_signal(s), 1) for s in (1, 0.1, 0.01, 0)]
+        [1.9, 7.2, 16.1, 19.0]
     """
     require(signal_to_noise >= 0.0, "signal_to_noise", signal_to_noise, "at least 0")
     require(t is None or t >= 1.0, "t", t, "None or at least 1 iteration")
@@ -221,11 +253,10 @@ def _gr_t(beta: float, r: float, t: float, d_v: float, d_m: float) -> float:
 def expected_gr_t(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: float | None = None) -> float:
     """GR_T of SGD on a quadratic, as Lemma 1 has it (Eq. 18; Eq. 1 and 19 at the default t = 1 / (1 - beta)).
 
-    `curvature_lr` is mean eigenvalue * learning rate, `noise_ratio` is mu / B; both at least 0. Evaluated to rounding
-    everywhere, on and around its removable singularities (2 curvature_lr = (1 - beta)(1 + mu/B) and 1 - curvature_lr =
-    beta) included. inf where the value exceeds a float.
+    It is evaluated to rounding everywhere, also on and around its removable singularities (2 curvature_lr =
+    (1 - beta)(1 + mu/B) and 1 - curvature_lr = beta).
 
-    What it is not:
+    Its limits:
 
     - Its moments have no bias correction; those of a gauge do. With it the value is (1 - beta^t) times this one.
     - It leaves the noise out of |m|^2. So at curvature_lr = 0 it reads (1 + mu/B) / (1 - beta^t), unbounded in mu/B,
@@ -235,8 +266,24 @@ def expected_gr_t(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t:
     - At mu/B = 1, beta = 0.9, curvature_lr = 1/2 (App. E) it gives 23.0, where the source says "about 20"; with bias
       correction it would be 15.0.
     - Its mean squares are positive only for 2 curvature_lr <= 1 + mu/B, and above curvature_lr = 1 the gradient
-      overshoots. Beyond, an integer t is still evaluated as the formula stands; ValueError for any other t (a power of
-      a negative number) and where the formula turns infinite or negative.
+      overshoots. Beyond, the formula is still evaluated for an integer t.
+
+    Args:
+        curvature_lr: Mean eigenvalue * learning rate, at least 0.
+        noise_ratio: mu / B, at least 0.
+        beta: Smoothing factor of the gauge.
+        t: Iterations since a cold start; None: 1 / (1 - beta).
+
+    Returns:
+        GR_T; inf where the value exceeds a float.
+
+    Raises:
+        ValueError: For a number out of range, and where the formula is infinite or negative or has a power of a
+            negative number.
+
+    Examples:
+        >>> round(expected_gr_t(0.5, 1.0), 1)
+        23.0
     """
     return _gr_t(beta, *_lemma1_arguments(curvature_lr, noise_ratio, beta, t))
 
@@ -250,7 +297,12 @@ def expected_gr_t_first_order(
 
     The source prints 1/(1 - beta^t) where this has t/(1 - beta^t). As printed the slope at beta = 0.9, n = 1 is -26.0;
     the derivative of Eq. 19 there is +16.4, as given here and as the inequality the proof rests on (Eq. 23) has it.
-    Eq. 22 carries a factor of the mean eigenvalue that belongs to the derivative in the learning rate alone.
+    Eq. 22 carries a factor of the mean eigenvalue that belongs only to the derivative in the learning rate.
+
+    Examples:
+        >>> slope = (expected_gr_t_first_order(1e-3, 1.0) - expected_gr_t_first_order(0.0, 1.0)) / 1e-3
+        >>> round(slope, 1)
+        16.4
     """
     r, t, _, _ = _lemma1_arguments(curvature_lr, noise_ratio, beta, t)
     rest = -math.expm1(t * math.log(beta))
@@ -258,11 +310,16 @@ def expected_gr_t_first_order(
 
 
 def gr_t_slope(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: float | None = None) -> float:
-    """The derivative of `expected_gr_t` in `curvature_lr` (Theorem 1); times the mean eigenvalue, that in the LR.
+    """The derivative of `expected_gr_t` in `curvature_lr` (Theorem 1). Times the mean eigenvalue it is that in the LR.
 
-    Theorem 1 says it is positive. That is so at beta = 0.9 wherever mean squares are positive (2 curvature_lr <= 1 +
-    mu/B), except that at mu = 0 it starts from 0. It is not so for every beta, the proof being of first order only: at
-    beta = 0.5, mu/B = 0.1 it is negative from curvature_lr = 0.15 on. Arguments and errors as for `expected_gr_t`.
+    Theorem 1 says that it is positive. At beta = 0.9 that is so wherever mean squares are positive (2 curvature_lr <=
+    1 + mu/B), except that at mu = 0 it starts from 0. It is not so for every beta, because the proof is of first order
+    only: at beta = 0.5, mu/B = 0.1 it is negative from curvature_lr = 0.15 on. Arguments and errors are those of
+    `expected_gr_t`.
+
+    Examples:
+        >>> gr_t_slope(0.1, 1.0) > 0.0
+        True
     """
     r, t, d_v, d_m = _lemma1_arguments(curvature_lr, noise_ratio, beta, t)
     return _gr_t(beta, r, t, d_v, d_m) * 2.0 / beta * (_log_slope(d_m, t) - _log_slope(d_v, t) / r)
@@ -272,7 +329,12 @@ def gr_t_slope(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: fl
 
 
 def expected_gr_s(batch_size: float, noise_scale: float) -> float:
-    """GR_S at a batch of B samples: (1 + mu) / (B + mu), in (0, 1] (Lemma 2; a ratio of expectations)."""
+    """GR_S at a batch of B samples: (1 + mu) / (B + mu), in (0, 1] (Lemma 2; a ratio of expectations).
+
+    Examples:
+        >>> expected_gr_s(batch_size=100, noise_scale=100)
+        0.505
+    """
     require_batch(batch_size)
     _require_noise_scale(noise_scale)
     return (1.0 + noise_scale) / (batch_size + noise_scale)
@@ -282,6 +344,10 @@ def gr_s_slope(batch_size: float, noise_scale: float) -> float:
     """The derivative of `expected_gr_s` in the batch size, per sample: -(1 + mu) / (B + mu)^2 < 0 (Theorem 2, Eq. 30).
 
     So a GR_S above its target calls for a LARGER batch.
+
+    Examples:
+        >>> gr_s_slope(batch_size=100, noise_scale=100) < 0.0
+        True
     """
     return -expected_gr_s(batch_size, noise_scale) / (batch_size + noise_scale)
 
@@ -289,7 +355,11 @@ def gr_s_slope(batch_size: float, noise_scale: float) -> float:
 def batch_for_gr_s(gr_s: float, noise_scale: float) -> float:
     """The batch, in samples (not rounded), whose expected GR_S is `gr_s`, in (0, 1]: Lemma 2 solved for B.
 
-    0.724 mu + 1.72 at the source's target, 0.58.
+    It is 0.724 mu + 1.72 at the source's target of 0.58.
+
+    Examples:
+        >>> round(batch_for_gr_s(0.58, noise_scale=100), 1)
+        74.1
     """
     require(0.0 < gr_s <= 1.0, "gr_s", gr_s, "in (0, 1]")
     _require_noise_scale(noise_scale)
@@ -299,7 +369,11 @@ def batch_for_gr_s(gr_s: float, noise_scale: float) -> float:
 def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
     """The noise scale, in samples, at which a batch of B samples has the expected GR_S `gr_s`: Lemma 2 solved for mu.
 
-    `gr_s` in [1/B, 1): 1/B means no noise, 1 would mean nothing but noise.
+    `gr_s` lies in [1/B, 1): 1/B means no noise, 1 would mean nothing but noise.
+
+    Examples:
+        >>> round(noise_scale_from_gr_s(0.505, batch_size=100))
+        100
     """
     require_batch(batch_size)
     require(
@@ -309,7 +383,12 @@ def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
 
 
 def expected_xi(k: float, a: float) -> float:
-    """xi_k of k groups, (1 + a) / (k + a) with a = mu / (samples per group) = n mu / B (Eq. 33). k >= 1, a >= 0."""
+    """xi_k of k groups, (1 + a) / (k + a) with a = mu / (samples per group) = n mu / B (Eq. 33). k >= 1, a >= 0.
+
+    Examples:
+        >>> expected_xi(k=4, a=2)
+        0.5
+    """
     require(1.0 <= k < math.inf, "k", k, "finite and at least 1 group")
     require(0.0 <= a < math.inf, "a", a, "finite and at least 0")
     return (1.0 + a) / (k + a)
@@ -321,8 +400,13 @@ def expected_xi(k: float, a: float) -> float:
 def critical_batch(noise_scale: float) -> float:
     """The batch, in samples, beyond which more samples save few steps: the noise scale itself (Eq. 35).
 
-    The turning point of McCandlish et al. with tr(H Cov) = mean eigenvalue * tr Cov: curvature and noise unrelated.
-    In pre-training language models the batch at which returns really diminish is known to lie well above it.
+    It is the turning point of McCandlish et al. where curvature and noise are unrelated: tr(H Cov) = mean eigenvalue *
+    tr Cov. In pre-training of language models, the batch at which returns really diminish is known to lie well above
+    it.
+
+    Examples:
+        >>> critical_batch(noise_scale=100.0)
+        100.0
     """
     _require_noise_scale(noise_scale)
     return noise_scale
@@ -331,8 +415,13 @@ def critical_batch(noise_scale: float) -> float:
 def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
     """GR_S at the critical batch and at half of it (App. E): (1/2, 2/3) for a large noise scale.
 
-    The source rounds the upper end to 0.65, which is B = 0.54 mu. For a small noise scale, where half a critical batch
-    would be less than one sample, a batch of one sample is meant.
+    The source rounds the upper end to 0.65, which is B = 0.54 mu. Where half a critical batch would be less than one
+    sample, the range ends at a batch of one sample.
+
+    Examples:
+        >>> low, high = ideal_gr_s_range()
+        >>> low, round(high, 2)
+        (0.5, 0.67)
     """
     require(noise_scale >= 0.0, "noise_scale", noise_scale, "at least 0")
     if math.isinf(noise_scale):
@@ -342,11 +431,21 @@ def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
 
 
 def optimal_curvature_lr(batch_size: float, noise_scale: float) -> float:
-    """Mean eigenvalue * learning rate that lowers the loss most in one step: 1 / (1 + mu/B), 1/2 at B = mu (Eq. 37)."""
+    """Mean eigenvalue * learning rate that lowers the loss most in one step: 1 / (1 + mu/B), 1/2 at B = mu (Eq. 37).
+
+    Examples:
+        >>> optimal_curvature_lr(batch_size=100, noise_scale=100)
+        0.5
+    """
     require_batch(batch_size)
     return batch_size / (batch_size + critical_batch(noise_scale))
 
 
 def ideal_gr_t(beta: float = 0.9) -> float:
-    """Lemma 1 at the best learning rate of a batch of mu samples (App. E): 23.0 at 0.9, for the source's "about 20"."""
+    """Lemma 1 at the best learning rate of a batch of mu samples (App. E). The source says "about 20".
+
+    Examples:
+        >>> round(ideal_gr_t(), 1)
+        23.0
+    """
     return expected_gr_t(0.5, 1.0, beta)

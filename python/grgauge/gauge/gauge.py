@@ -56,7 +56,7 @@ class Gauge:
         ValueError: a number is out of range.
         TypeError: a parameter that is trained is not float32, bfloat16 or float16.
 
-    Example:
+    Examples:
         >>> import torch, grgauge
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(10, 1)
@@ -215,7 +215,7 @@ class Gauge:
         Raises:
             ValueError: the tensors are of unequal length, or there are none; or ranks are the groups.
 
-        Example:
+        Examples:
             >>> import torch, grgauge
             >>> model = torch.nn.Linear(3, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

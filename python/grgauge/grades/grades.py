@@ -40,10 +40,12 @@ LARGEST_SAMPLE = 2**24
 class MatrixReading:
     """One reading of all monitored matrices, and what followed from it.
 
-    step    the optimizer step whose gradients were read
-    values  mean over elements of |g_t - g_{t-1}| or |g_t|, in the order of `GradES.matrices`; NaN where there is none
-    froze   matrices that this step's update was the last of
-    thawed  frozen matrices that are updated again from step + 2 on
+    Attributes:
+        step: The optimizer step whose gradients were read.
+        values: Mean over elements of |g_t - g_{t-1}| or |g_t|, in the order of `GradES.matrices`; NaN where there is
+            none.
+        froze: Matrices that this step's update was the last of.
+        thawed: Frozen matrices that are updated again from step + 2 on.
     """
 
     step: int
@@ -59,55 +61,66 @@ class GradES:
         norm    G_W(t) = sum |g_t|               (the paper's text)
 
     A LoRA pair is one matrix: G_A + G_B, and A and B freeze together. Gradients are read in a step hook of the
-    optimizer, as it gets them (so behind a clipping of your own, and without GradScaler's scale), on a fixed sample of
-    elements. A reading of step r is acted on in step r + 1, by when it has reached the host: nothing waits for the
-    device, and all ranks, whose sums are added up, decide alike. Steps are calls of optimizer.step().
+    optimizer, as the optimizer gets them: after any clipping of your own, and without GradScaler's scale. A reading
+    looks at a fixed sample of elements. It is acted on one step later, when it has reached the host: nothing waits for
+    the device, and all ranks, whose sums are added up, decide alike. Steps are calls of optimizer.step().
 
-    A frozen matrix has no `.grad` when the optimizer updates, so nothing moves it: no momentum, no weight decay. Nor
-    is its gradient computed:
+    A frozen matrix has no `.grad` when the optimizer updates, so neither momentum nor weight decay moves it. Its
+    gradient is not computed either:
 
-        one process, FSDP2   requires_grad=False. FSDP2 also stops reducing it
-        DDP                  which waits for the gradient of every parameter it was given, whatever requires_grad says.
-                             The layer computes with a detached weight and an undefined gradient is handed to DDP in
-                             passing: the product is saved, the bucket's traffic is not. A weight that is used
-                             otherwise than in its own module's forward(), or in one that torch.compile has traced
-                             before, still gets a gradient, which is dropped
+    - In one process and under FSDP2 it has requires_grad=False. FSDP2 also stops reducing it.
+    - DDP waits for the gradient of every parameter it was given, whatever requires_grad says. So the layer computes
+      with a detached weight, and DDP is handed an undefined gradient: the product is saved, the bucket's traffic is
+      not. A weight that is used elsewhere than in its own module's forward(), or in one that torch.compile traced
+      earlier, still gets a gradient, which is dropped.
 
-    Where freezing would leave nothing with requires_grad, the last matrix is frozen the DDP way, so that training past
-    `done` goes through backward and moves nothing.
+    Where freezing would leave nothing with requires_grad, the last matrix is frozen as under DDP, so that training past
+    `done` still runs and moves nothing.
 
-    What has no reading freezes nothing, and leaves the count of `patience` as it is: the first reading of all, which
-    has no gradient to differ from; one with a NaN or an infinity in its gradients or those of the step before, or in a
-    step that GradScaler skips; and a matrix that has no gradient, or nothing but zeros. A level that is not known yet
-    has nothing below it.
+    A reading without a value freezes nothing and leaves the count of `patience` as it is. That is the first reading of
+    all, which has no gradient to differ from; one with a NaN or an infinity in its gradients or in those of the step
+    before; one in a step that GradScaler skips; and that of a matrix whose gradient is missing or all zeros. Nothing is
+    below a level that is not known yet.
 
-    model        the module that is trained; under DDP the wrapped one, under FSDP2 after fully_shard
-    optimizer    any torch optimizer but LBFGS, over all or some of the model's parameters; only those are monitored
-    tau          freeze below this; what it is measured in is `scale`
-    total_steps  optimizer steps that the run is to have
-    metric       "delta" or "norm"
-    alpha        no freezing in the first ceil(alpha total_steps) steps
-    patience     readings in a row below tau that it takes
-    thaw         a frozen matrix takes part again once it reads this or more, in the units of tau. To know, frozen
-                 matrices are read at every fourth reading, and for that their gradients computed in those one (norm)
-                 or two (delta) steps; a clipping of your own then sees them. None: frozen for good, as in the paper
-    modules      "auto": 2-D weights of linear-like layers (whatever is no embedding: Linear, Conv1D, fused qkv) inside
-                 repeated blocks: the modules with children in a ModuleList, or of one type in a Sequential or
-                 ModuleDict. A weight that is tied to one elsewhere is left out.
-                 Else a regular expression, searched for in the names of all trained parameters with two or more
-                 dimensions; names are as in named_parameters(), without ".weight", and with "lora" for a pair
-    scale        "level": tau is a share of the matrix's own level: the mean of its first five readings after `warmup`.
-                 "element": tau is a mean over elements. "matrix": a sum over the matrix, as in the paper
-    warmup       steps before the level is taken; None: a tenth of total_steps
-    every        steps between readings; between them nothing is computed. At least 2 with "delta", which looks at two
-    sample       elements looked at, per rank; at least a block of each matrix, and small ones whole. None: so many that
-                 the state that "delta" keeps has 0.5 % of the size of the monitored parameters, at most 2^24
-    seed         which elements a sample takes
-    enough       share of the monitored elements that has to be frozen for `done`. 1: all, as in the paper; with less,
-                 a last matrix that never comes to rest holds nothing up
+    Args:
+        model: The module that is trained: under DDP the wrapped one, under FSDP2 the one after fully_shard.
+        optimizer: Any torch optimizer but LBFGS, over all or some of the model's parameters; only those are monitored.
+        tau: Freeze below this. `scale` says in which unit.
+        total_steps: Optimizer steps that the run is to have.
+        metric: "delta" or "norm".
+        alpha: No freezing in the first ceil(alpha total_steps) steps.
+        patience: Readings below tau in a row that it takes.
+        thaw: A frozen matrix takes part again once it reads this or more, in the units of tau. To find out, the
+            gradients of frozen matrices are computed for every fourth reading, in one step ("norm") or two ("delta"); a
+            clipping of your own sees them then. None: frozen for good, as in the paper.
+        modules: "auto", or a regular expression. "auto" takes the 2-D weights of linear layers (Linear, Conv1D, fused
+            qkv; no embeddings) inside repeated blocks: the modules with children in a ModuleList, or modules of one
+            type in a Sequential or ModuleDict. A weight that is tied to one elsewhere is left out. A regular expression
+            is searched for in the names of all trained parameters with two or more dimensions: names as in
+            named_parameters(), without ".weight", and with "lora" for a pair.
+        scale: "level": tau is a share of the matrix's own level: the mean of its first five readings after `warmup`.
+            "element": tau is a mean over elements. "matrix": a sum over the matrix, as in the paper.
+        warmup: Steps before the level is taken; None: a tenth of total_steps.
+        every: Steps between readings; between them nothing is computed. At least 2 with "delta", which looks at two.
+        sample: Elements to read on each rank: at least a block of each matrix, small ones whole. None: as many as keep
+            the state of "delta" at 0.5 % of the size of the monitored parameters, at most 2^24.
+        seed: Which elements a sample takes.
+        enough: Share of the monitored elements that must be frozen for `done`. 1 means all, as in the paper. With less,
+            a last matrix that never comes to rest does not hold up the end.
 
-    Raises ValueError for a number out of range, for `modules` that match nothing, and for matrices on different device
-    meshes; TypeError for LBFGS, whose steps are no parameter's own.
+    Raises:
+        ValueError: For a number out of range, for `modules` that match nothing, and for matrices on different device
+            meshes.
+        TypeError: For LBFGS, whose steps mix all parameters.
+
+    Examples:
+        >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)])
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> grades = GradES(model, optimizer, tau=0.5, total_steps=100)
+        >>> grades
+        GradES(0 of 2 matrices frozen; mean |g_t - g_(t-1)| < 0.5 of its own early level, from step 50 on)
+        >>> grades.matrices, grades.done
+        (('0.0', '1.0'), False)
     """
 
     def __init__(
@@ -230,7 +243,8 @@ class GradES:
         Between the two steps of a "delta" reading the state holds gradients of this rank's sample: with another number
         of ranks, another sample or seed that one reading is left out.
 
-        Raises ValueError if the state belongs to another metric or other matrices, before anything is changed.
+        Raises:
+            ValueError: If the state belongs to another metric or other matrices, before anything is changed.
         """
         if state["metric"] != self.metric:
             raise ValueError(f"the state's metric is {state['metric']!r}, this one's {self.metric!r}")
@@ -318,7 +332,7 @@ class GradES:
         self._pending = _Pending(self._step, lambda: self._values(transfer.arrays()))
 
     def _values(self, arrays: Sequence[npt.NDArray[np.float64]]) -> list[float]:
-        """The mean over elements of each matrix, from the rows of `_Bucket.measure`; NaN where nothing can be told."""
+        """The mean over elements of each matrix, from the rows of `_Bucket.measure`; NaN where nothing is known."""
         totals = np.zeros((len(self._matrices), 4))
         for bucket, rows in zip(self._buckets, arrays, strict=True):
             np.add.at(totals, bucket.owners, rows)

@@ -52,37 +52,50 @@ class _Known(NamedTuple):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW in one pass over the gradients, with the sums that the gauges need taken on the way.
-
-    params, lr, betas, eps, weight_decay, amsgrad, maximize   as in torch.optim.AdamW
-    max_grad_norm   clip the gradients of all groups together to this L2 norm, as torch.nn.utils.clip_grad_norm_ does,
-              without a pass of its own over them: one to read the norm, one to update. `grad_norm` then holds the
-              norm before clipping. p.grad itself is left as it is
-    skip_nonfinite  with max_grad_norm: where the norm is not finite, change nothing at all in that step
-    flat      place moments in one flat buffer per group, device and dtype, and from `zero_grad(set_to_none=False)` on
-              gradients too (`grgauge_kernels.FlatBuckets`). Parameters keep their own memory
-    state_dtype  of both moments: float32, or bfloat16 with stochastic rounding, which moves 20 instead of 28 bytes a
-              float32 parameter and step
-    stochastic_rounding   round bfloat16 parameters stochastically, so that small updates are not lost without a copy in
-              float32; torch rounds to nearest
-    backend   a name from `grgauge_kernels.backends()`, or None for the best one of each device
-    foreach, capturable, fused   accepted for torch's signature; a kernel's step is always fused and capturable
+    """torch.optim.AdamW in one pass over the gradients, which also takes the sums that the gauges need.
 
     As in torch, `param_groups` and `state` are the truth: whatever a program changes there, or about parameters and
-    gradients, the next step follows. state_dict is torch.optim.AdamW's, in both directions, mid-training. Both moments
-    are of `state_dtype`, whatever the parameters are; torch's are like the parameters.
+    gradients, the next step follows. The state_dict is torch.optim.AdamW's, in both directions, mid-training.
 
     The kernels take parameters of float32, bfloat16 and float16. Others, and groups with amsgrad or differentiable, are
-    updated by torch's own AdamW, and no gauge sees them.
+    updated by torch's own AdamW, and no sums are taken of them.
 
-    Under torch.compile the step is part of the graph, an op a bucket, and its observers are called as ever. The graph
-    ends at a step with a closure, hooks, clipping, parameters that torch updates or sharded ones, and goes on after it.
-    A number as lr is compiled in: let a scheduler change a tensor.
+    Under torch.compile the step is part of the graph, one op a bucket, and observers are called as ever. The graph ends
+    at a step with a closure, hooks, clipping, sharded parameters or parameters that torch updates, and goes on after
+    it. A number as lr is compiled in: let a scheduler change a tensor.
 
-    Raises ValueError for what torch.optim.AdamW refuses, for max_grad_norm or skip_nonfinite out of range and for
-    another state_dtype.
+    Args:
+        params: As in torch.optim.AdamW.
+        lr: As in torch.optim.AdamW.
+        betas: As in torch.optim.AdamW.
+        eps: As in torch.optim.AdamW.
+        weight_decay: As in torch.optim.AdamW.
+        amsgrad: As in torch.optim.AdamW, whose code then makes the step.
+        maximize: As in torch.optim.AdamW.
+        foreach: Accepted for torch's signature; the step is always fused.
+        capturable: Accepted for torch's signature; the step is always capturable.
+        differentiable: As in torch.optim.AdamW, whose code then makes the step.
+        fused: Accepted for torch's signature; the step is always fused.
+        max_grad_norm: Clip the gradients of all groups together to this L2 norm, as torch.nn.utils.clip_grad_norm_
+            does, in two passes in all: one to read the norm, one to update. `grad_norm` then holds the norm before
+            clipping, and p.grad itself is left as it is.
+        skip_nonfinite: With max_grad_norm: where the norm is not finite, change nothing at all in that step.
+        flat: Place moments in one flat buffer per group, device and dtype, and, from `zero_grad(set_to_none=False)` on,
+            gradients too (`grgauge_kernels.FlatBuckets`). Parameters keep their own memory.
+        state_dtype: Of both moments, whatever the parameters are: torch.float32, or torch.bfloat16 with stochastic
+            rounding, which moves 20 instead of 28 bytes per float32 parameter and step.
+        stochastic_rounding: Round bfloat16 parameters stochastically, so that small updates are not lost although there
+            is no copy in float32. torch rounds to nearest.
+        backend: A name from `grgauge_kernels.backends()`, or None for the best one of each device.
 
-    Example:
+    Attributes:
+        grad_norm: float32 [], the norm before clipping in the last step; None before the first, or without clipping.
+
+    Raises:
+        ValueError: For what torch.optim.AdamW refuses, and if max_grad_norm, skip_nonfinite or state_dtype is out of
+            range.
+
+    Examples:
         >>> import torch, grgauge
         >>> net = torch.nn.Linear(4, 2)
         >>> optimizer = grgauge.AdamW(net.parameters(), lr=1e-3, max_grad_norm=1.0)
