@@ -6,12 +6,13 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
-.PHONY: help demo test lint bench bench-gpu wheel clean
+.PHONY: help demo test lint bench bench-gpu data wheel clean
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
 	@echo "make test   lint, type check and all tests"
 	@echo "make bench  AdamW with and without gauges against torch's, table into README"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"
+	@echo "make data   fetch the data of bench/families into build/data"
 	@echo "make wheel  one wheel for every Python and torch, into dist/"
 	@echo "make clean  remove .venv and what was built"
 
@@ -43,6 +44,9 @@ bench: .venv/built
 # With the machine's own python and torch: such a machine may have no network to make a .venv from.
 bench-gpu:
 	$(PYTHON) bench/gpu.py
+
+data: .venv/built
+	.venv/bin/python bench/families/fetch.py
 
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
