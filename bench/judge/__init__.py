@@ -1,0 +1,6 @@
+"""Which tuner reaches a good model at what cost: a table of recorded runs, a protocol, opponents, pictures.
+
+table      configurations and curves that were recorded
+training   one run of a family, recorded
+record     all runs of the table, resumable
+"""
