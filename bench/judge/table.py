@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .protocol import Curve
+
 LRS = tuple(10.0 ** (-5 + 5 * k / 9) for k in range(10))
 BATCHES = (8, 18, 42, 97, 224, 512)
 """Evenly spaced in logarithms, both: a nearest neighbour stands for as much of the plane everywhere."""
@@ -41,21 +43,6 @@ def nearest(lr: float, batch: float) -> Config:
     return Config(
         min(LRS, key=lambda other: abs(math.log(other / lr))), min(BATCHES, key=lambda b: abs(math.log(b / batch)))
     )
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One recorded run: samples, seconds and the validation metric at each check.
-
-    A run whose loss ceased to be finite ends early, with a value that is not a number.
-    """
-
-    samples: np.ndarray
-    seconds: np.ndarray
-    values: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
 
 class Family:
