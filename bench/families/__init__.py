@@ -61,9 +61,14 @@ class Family(ABC):
         return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def family(name: str) -> Family:
-    """A family by name; its data are read. Raises ValueError for another name, FileNotFoundError without the data."""
+def kind(name: str) -> type[Family]:
+    """The class of a family, by name. Raises ValueError for another name."""
     if name not in NAMES:
         raise ValueError(f"family is {name!r}; it must be one of {', '.join(NAMES)}")
-    made: Family = importlib.import_module(f"families.{name}").FAMILY()
-    return made
+    found: type[Family] = importlib.import_module(f"families.{name}").FAMILY
+    return found
+
+
+def family(name: str) -> Family:
+    """A family with its data. Raises ValueError for another name, FileNotFoundError where the data were not fetched."""
+    return kind(name)()

@@ -70,7 +70,7 @@ def fresh(made: Family) -> list[tuple[Config, int]]:
     rows = rows_of(made)
     if rows is None:
         return []
-    bests = [table.Family(rows, made.higher, averaged).best for averaged in (False, True)]
+    bests = [table.Family(rows, made.samples, made.higher, averaged).best for averaged in (False, True)]
     return [(config, seed) for config in dict.fromkeys(bests) for seed in FRESH]
 
 

@@ -49,19 +49,19 @@ class Family:
     """One family's part of the table.
 
     rows      its rows
+    samples   of one run
     higher    whether more of the metric is better
     averaged  take the metric of the averaged weights
     """
 
-    def __init__(self, rows: pd.DataFrame, higher: bool, averaged: bool = False) -> None:
-        self.higher, self.averaged = higher, averaged
+    def __init__(self, rows: pd.DataFrame, samples: int, higher: bool, averaged: bool = False) -> None:
+        self.samples, self.higher, self.averaged = samples, higher, averaged
         self.curves: dict[tuple[Config, int], Curve] = {}
         column = "metric_averaged" if averaged else "metric"
         for (lr, batch, seed), run in rows.sort_values("check").groupby(["lr", "batch", "seed"]):
             self.curves[nearest(lr, batch), int(seed)] = Curve(
                 run["samples"].to_numpy(float), run["seconds_plain"].to_numpy(float), run[column].to_numpy(float)
             )
-        self.samples = max(curve.samples[-1] for curve in self.curves.values())
 
     def worst(self) -> float:
         return -math.inf if self.higher else math.inf
