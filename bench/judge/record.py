@@ -86,7 +86,7 @@ def assembled() -> pd.DataFrame:
         made = family(name)
         rows = rows_of(made)
         if rows is not None and all(shard(folder(made), *run).exists() for run in fresh(made)):
-            parts.append(rows)
+            parts.append(rows.assign(held_out=len(made.held_out)))
     if not parts:
         raise RuntimeError("no family is complete: record one first")
     rows = pd.concat(parts, ignore_index=True).sort_values(["family", "lr", "batch", "seed", "check"])
