@@ -6,13 +6,14 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
-.PHONY: help demo test lint bench bench-gpu data wheel clean
+.PHONY: help demo test lint bench bench-gpu data evidence wheel clean
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
 	@echo "make test   lint, type check and all tests"
 	@echo "make bench  AdamW with and without gauges against torch's, table into README"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"
 	@echo "make data   fetch the data of bench/families into build/data"
+	@echo "make evidence  judge tuners on the table of recorded runs, live ones on FAMILY; rows, pictures and page"
 	@echo "make wheel  one wheel for every Python and torch, into dist/"
 	@echo "make clean  remove .venv and what was built"
 
@@ -47,6 +48,13 @@ bench-gpu:
 
 data: .venv/built
 	.venv/bin/python bench/families/fetch.py
+
+# Opponents are replayed on all families of the table; two seeds of the live tuners train on one.
+FAMILY ?= recommendation
+evidence: data
+	cd bench && ../.venv/bin/python -m judge.evidence
+	cd bench && OMP_NUM_THREADS=1 ../.venv/bin/python -m judge.evidence $(FAMILY) --live 2
+	cd bench && ../.venv/bin/python -m judge.pictures
 
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
