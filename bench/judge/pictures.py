@@ -236,15 +236,15 @@ target, in units of what the best static run of the table needs itself; medians 
 them or more. Ratios are geometric means over families with a 90 % bootstrap interval: below 1 GR-Gauge is cheaper. An
 interval that contains 1 decides nothing.
 
-Read with care. "GR-Gauge" starts from its own default, LR 1e-3 and batch 32, which may lie near the best; opponents that
-search start blind and are compared with "GR-Gauge, blind starts", those that bring a default with "GR-Gauge". Live
+Read with care. "GR-Gauge" starts from its own default, LR 1e-3 and batch 32, which may lie near the best; opponents
+that search start blind and are compared with "GR-Gauge, blind starts", those that bring a default with "GR-Gauge". Live
 tuners may spend 4 static runs, replayed ones 32. A replayed configuration is the nearest of 60. Few seeds make
 intervals of live tuners narrower than they should be.
 
 """
 
-SECONDS = """Of one thread. Live tuners pay for all that they do, GR-Gauge for its gauges, checkpoints and study too; replayed ones
-for training and validation alone. All was measured on a shared machine: a factor of 1.5 is no finding.
+SECONDS = """Of one thread. Live tuners pay for all that they do, GR-Gauge for its gauges, checkpoints and study too;
+replayed ones for training and validation alone. All was measured on a shared machine: a factor of 1.5 is no finding.
 """
 
 
@@ -268,7 +268,10 @@ def main() -> int:
         "cost-averaged": ("Samples until a target, averaged weights", bars(costs, "averaged", "samples")),
         "cost-seconds": ("CPU seconds until a target, raw weights", bars(costs, "raw", "seconds")),
         "profiles": ("Performance profiles", profiles(costs)),
-        "best-so-far": ("Regret of the best so far", best_so_far(pd.read_csv(REGRET))),
+        "best-so-far": (
+            "Regret of the best so far (live tuners stop once they arrive)",
+            best_so_far(pd.read_csv(REGRET)),
+        ),
         "gauges": ("What gauges read across the plane, near step 50", reactions(table)),
         "maps": ("Mean of the metric over training", maps(table)),
     }
