@@ -233,8 +233,8 @@ PAGE = """# What reaching a target costs
 Written by `python -m judge.pictures` from rows in `bench/results`; how they are measured is said in
 `bench/results/TABLE.md` and `bench/judge/protocol.py`. Costs are training samples until validation first meets the
 target, in units of what the best static run of the table needs itself; medians over starts; `inf` is a miss in half of
-them or more. Ratios are geometric means over families with a 90 % bootstrap interval: below 1 GR-Gauge is cheaper. An
-interval that contains 1 decides nothing.
+them or more. Ratios are geometric means over the families that both were run on, with a 90 % bootstrap interval: below
+1 GR-Gauge is cheaper. An interval that contains 1 decides nothing.
 
 Read with care. "GR-Gauge" starts from its own default, LR 1e-3 and batch 32, which may lie near the best; opponents
 that search start blind and are compared with "GR-Gauge, blind starts", those that bring a default with "GR-Gauge". Live
