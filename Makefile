@@ -6,7 +6,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
 
-.PHONY: help demo examples test test-fast lint docs bench bench-gpu wheel clean
+.PHONY: help demo examples test test-fast lint docs bench bench-gpu data evidence wheel clean
 help:
 	@echo "make demo   train a small transformer three times and read the gauges"
 	@echo "make examples  gauges in other frameworks' loops, one file each"
@@ -15,6 +15,8 @@ help:
 	@echo "make docs   the documentation as a site, into site/"
 	@echo "make bench  AdamW with and without gauges against torch's, tables into README and docs/speed.md"
 	@echo "make bench-gpu  on a machine with a GPU: build, device tests and measurements in under 8 minutes"
+	@echo "make data   fetch the data of bench/families into build/data"
+	@echo "make evidence  judge tuners on the table of recorded runs, live ones on FAMILY; rows, pictures and page"
 	@echo "make wheel  one wheel for every Python and torch, into dist/"
 	@echo "make clean  remove .venv and what was built"
 
@@ -57,6 +59,16 @@ bench: .venv/built
 # With the machine's own python and torch: such a machine may have no network to make a .venv from.
 bench-gpu:
 	$(PYTHON) bench/gpu.py
+
+data: .venv/built
+	.venv/bin/python bench/families/fetch.py
+
+# Opponents are replayed on all families of the table; two seeds of the live tuners train on one.
+FAMILY ?= recommendation
+evidence: data
+	cd bench && ../.venv/bin/python -m judge.evidence
+	cd bench && OMP_NUM_THREADS=1 ../.venv/bin/python -m judge.evidence $(FAMILY) --live 2
+	cd bench && ../.venv/bin/python -m judge.pictures
 
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .

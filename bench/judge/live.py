@@ -1,0 +1,173 @@
+"""Tuners and optimizers that train: GR-Gauge, and opponents that need no search."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from families import Family
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import grgauge
+from grgauge import TrainingError, Trial, tune
+
+from .protocol import Curve
+from .table import BATCHES, BOUNDS, CHECKS, Config
+from .training import BN_SAMPLES, averaged, batches, validated
+
+LIMIT = 4.0
+"""Static runs that a live tuner may spend."""
+BATCH = BATCHES[2]
+"""Of optimizers that set their own learning rate and no batch."""
+
+
+class Arrived(BaseException):
+    """All targets are met: leaves the training function. No Exception, which tune() would take for a failure."""
+
+
+@dataclass
+class Looks:
+    """What is seen of live training from outside, at the marks of static runs, at no cost to the one who trains.
+
+    goals   of raw and of averaged weights the value to be met; when both are, looking raises `Arrived`
+    """
+
+    family: Family
+    goals: dict[bool, float]
+    seen: list[tuple[float, float, float, float]] = field(default_factory=list)
+    looking: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started, self._step = time.thread_time(), self.family.samples / CHECKS
+
+    def due(self, samples: int) -> bool:
+        last = self.seen[-1][0] if self.seen else 0.0
+        return samples // self._step > last // self._step
+
+    def look(self, samples: int, raw: Callable[[], float], average: Callable[[], float]) -> None:
+        start = time.thread_time()
+        self.seen.append((samples, start - self.started - self.looking, raw(), average()))
+        self.looking += time.thread_time() - start
+        if all(self._met(column, self.goals[which]) for which, column in ((False, 2), (True, 3))):
+            raise Arrived
+
+    def _met(self, column: int, goal: float) -> bool:
+        values = [row[column] for row in self.seen if math.isfinite(row[column])]
+        return any(value >= goal if self.family.higher else value <= goal for value in values)
+
+    def curves(self) -> dict[bool, Curve]:
+        """Of raw and of averaged weights. Raises ValueError if nothing was seen."""
+        if not self.seen:
+            raise ValueError("nothing was trained; a tuner must train before it is judged")
+        samples, seconds, raw, average = np.array(self.seen).T
+        return {False: Curve(samples, seconds, raw), True: Curve(samples, seconds, average)}
+
+
+Optimizers = Callable[[Family, nn.Module], torch.optim.Optimizer]
+
+
+def trained(family: Family, optimizer_of: Optimizers, batch: int, seed: int, goals: dict[bool, float]) -> Looks:
+    """One run of an optimizer that is left alone."""
+    torch.manual_seed(seed)
+    model = family.model()
+    optimizer, looks, samples = optimizer_of(family, model), Looks(family, goals), 0
+    average = averaged(model)
+    # Schedule-Free holds the weights to be used apart from those that gradients are taken at.
+    to_use, to_train = (getattr(optimizer, name, lambda: None) for name in ("eval", "train"))
+
+    def raw() -> float:
+        to_use()
+        if hasattr(optimizer, "eval"):  # as its README says: no statistics of BatchNorm belong to those weights yet
+            update_bn([family.data[:BN_SAMPLES]], model)
+        value = family.validate(model)
+        to_train()
+        return value
+
+    to_train()
+    try:
+        for rows in batches(family, batch, seed):
+            loss = family.loss(model, rows)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+            samples += batch
+            if not math.isfinite(float(loss.detach())):
+                looks.look(samples, lambda: math.nan, lambda: math.nan)
+                break
+            if looks.due(samples):
+                looks.look(samples, raw, lambda: validated(family, average))
+            if samples >= LIMIT * family.samples:
+                break
+    except Arrived:
+        pass
+    return looks
+
+
+def adamw(lr: float) -> Optimizers:
+    return lambda family, model: grgauge.AdamW(family.param_groups(model), lr=lr)  # type: ignore[arg-type]
+
+
+def prodigy(family: Family, model: nn.Module) -> torch.optim.Optimizer:
+    """As its README says: a learning rate of 1, and nothing to set."""
+    from prodigyopt import Prodigy
+
+    return Prodigy(family.param_groups(model), lr=1.0)
+
+
+def schedule_free(family: Family, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW without a schedule, at its default learning rate."""
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(family.param_groups(model))
+
+
+def gr_gauge(family: Family, start: Config | None, seed: int, goals: dict[bool, float], paper: bool = False) -> Looks:
+    """`grgauge.tune` over the whole plane; no validation is shown to it. `start` None: where it begins by default."""
+    looks = Looks(family, goals)
+    average: list[AveragedModel] = []
+    stretch: list[Any] = [None]
+
+    def look(trial: Trial) -> None:
+        if trial.model is None:
+            return
+        before, stretch[0] = stretch[0], trial.segment
+        gone_back = before is not None and before is not trial.segment and trial.segment.parent != before.number
+        if not average or gone_back:
+            average[:] = [averaged(trial.model)]
+        average[0].update_parameters(trial.model)
+        if looks.due(trial.used):
+            looks.look(trial.used, lambda: family.validate(trial.model), lambda: validated(family, average[0]))
+
+    def train(trial: Trial) -> None:
+        model = family.model()
+        trial.watch(model, grgauge.AdamW(family.param_groups(model), lr=trial.lr))  # type: ignore[arg-type]
+        average[:] = []
+        for batch in trial.batches(family.data):
+            trial.step(family.loss(model, batch))
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tune(
+                train,
+                {"lr": BOUNDS["lr"], "batch_size": BOUNDS["batch"]},
+                budget=round(LIMIT * family.samples),
+                storage=Path(folder) / "run.db",
+                policy=grgauge.Policy.paper if paper else grgauge.Policy.default,
+                start=None if start is None else grgauge.Config(start.lr, start.batch),
+                seed=seed,
+                on_step=look,
+            )
+        except Arrived:
+            pass
+        except TrainingError as error:  # a start that failed has not arrived; say why
+            print(f"{family.name}, seed {seed}: {error}")
+    return looks
