@@ -40,7 +40,7 @@ class Reading:
         gr_t: temporal redundancy V^/|m^|^2 ("GR-Gauge", Eq. 18). At beta = 0.9: 1 if all gradients agree, 19 if
             successive ones are uncorrelated, 361 if each is the opposite of the one before.
         gr_t_error: standard error of gr_t about its recent level.
-        settled: finite-time factor (1-b^t)/(1+b^t): the share of its final value that uncorrelated gradients read after
+        finite_time_factor: (1-b^t)/(1+b^t), the share of its final value that uncorrelated gradients read after
             t steps. A target for gr_t is multiplied by it.
         gr_s: spatial redundancy (G2+S)/(B G2+S), in (0, 1] ("GR-Gauge", Lemma 2).
         gr_s_error: its standard error.
@@ -58,7 +58,7 @@ class Reading:
     Examples:
         >>> from grgauge import Reading
         >>> reading = Reading(
-        ...     step=50, batch_size=64, gr_t=12.0, gr_t_error=1.5, settled=0.99, gr_s=None, gr_s_error=None,
+        ...     step=50, batch_size=64, gr_t=12.0, gr_t_error=1.5, finite_time_factor=0.99, gr_s=None, gr_s_error=None,
         ...     noise_scale=None, noise_scale_error=None, grad_norm=0.7, nonfinite=0, ready=True,
         ...     notes=("GR_S not available: groups is 1; it needs at least two micro-batches or ranks",),
         ... )
@@ -70,7 +70,7 @@ class Reading:
     batch_size: float
     gr_t: float | None
     gr_t_error: float | None
-    settled: float
+    finite_time_factor: float
     gr_s: float | None
     gr_s_error: float | None
     noise_scale: float | None

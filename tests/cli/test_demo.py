@@ -41,7 +41,7 @@ def reading(step, gr_t=20.0, gr_s=0.58, **other):
     known = {
         "batch_size": 24,
         "gr_t_error": None,
-        "settled": 1.0,
+        "finite_time_factor": 1.0,
         "gr_s_error": None,
         "noise_scale": 30.0,
         "noise_scale_error": None,
@@ -161,7 +161,11 @@ def test_the_verdict_rests_on_the_median_of_the_window():
 
 
 def test_a_young_reading_counts_by_what_it_would_settle_to():
-    run = demo.Run(1e-3, 10, readings=[reading(5, gr_t=5.0, settled=0.25), reading(10, gr_t=10.0, settled=0.5)])
+    run = demo.Run(
+        1e-3,
+        10,
+        readings=[reading(5, gr_t=5.0, finite_time_factor=0.25), reading(10, gr_t=10.0, finite_time_factor=0.5)],
+    )
     assert run.summary.gr_t == pytest.approx(10.0)
     assert Target().lr_factor(run.summary) == 1.0
 

@@ -104,8 +104,8 @@ def test_white_noise_warms_up_as_it_must():
         params[0].grad = torch.randn(40_000, generator=torch.Generator().manual_seed(t))
         optimizer.step()
         reading = gauge.reading()
-        assert reading.settled == pytest.approx((1 - 0.9**t) / (1 + 0.9**t))
-        assert reading.gr_t == pytest.approx(19 * reading.settled, rel=0.05)
+        assert reading.finite_time_factor == pytest.approx((1 - 0.9**t) / (1 + 0.9**t))
+        assert reading.gr_t == pytest.approx(19 * reading.finite_time_factor, rel=0.05)
         assert reading.ready == (t >= 20)
         assert any("not ready: needs" in note for note in reading.notes) == (t < 20)
 
@@ -454,7 +454,7 @@ def test_restart_and_remove():
     gauge.restart()
     run(None, 5, net=net, optimizer=optimizer, gauge=gauge, start=30)
     assert not gauge.reading().ready
-    assert gauge.reading().settled == pytest.approx(theory.finite_time_factor(5))
+    assert gauge.reading().finite_time_factor == pytest.approx(theory.finite_time_factor(5))
     last = gauge.reading()
     gauge.remove()
     run(None, 10, net=net, optimizer=optimizer, gauge=gauge, start=35)

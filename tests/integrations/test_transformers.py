@@ -225,7 +225,9 @@ def test_acting_moves_the_schedule_as_a_whole(tmp_path):
         lambda params: torch.optim.AdamW(params, lr=1e-5), tmp_path, gauging, lr_scheduler_type="linear", max_steps=40
     )
     factor = trainer.lr_scheduler.base_lrs[0] / 1e-5
-    assert factor == pytest.approx((20.0 * gauging.readings[3].settled / gauging.readings[3].gr_t) ** (1 / 3))
+    assert factor == pytest.approx(
+        (20.0 * gauging.readings[3].finite_time_factor / gauging.readings[3].gr_t) ** (1 / 3)
+    )
     assert factor > 1.5
     assert f"learning rate multiplied by {factor:.2f}" in lines[0]
     rates = {e["step"]: e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e}

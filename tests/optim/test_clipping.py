@@ -72,7 +72,7 @@ def test_emas_outlive_what_makes_the_optimizer_lay_its_parameters_out_anew(flat)
 
     for own, other in zip(run(True), run(False), strict=True):
         assert own.gr_t == pytest.approx(other.gr_t, rel=1e-6)
-        assert own.settled == other.settled
+        assert own.finite_time_factor == other.finite_time_factor
 
 
 def test_several_dtypes_and_an_added_group_with_which_all_begins_anew():

@@ -109,7 +109,7 @@ class Training:
             batch_size=batch,
             gr_t=gr_t,
             gr_t_error=self.world.reading_noise * gr_t if self.age >= 3 * EVERY else None,
-            settled=settled,
+            finite_time_factor=settled,
             gr_s=gr_s,
             gr_s_error=error if n >= 3 else None,
             noise_scale=s / g2 if g2 > 0.0 else None,

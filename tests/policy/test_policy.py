@@ -78,7 +78,7 @@ def test_paper_checks_every_fifth_step_and_only_in_the_critical_period():
 
 def test_paper_compares_a_young_reading_with_the_scaled_target():
     young = theory.finite_time_factor(20)
-    assert isinstance(watch(Policy.paper(), checks=4, gr_t=20.0 * young, settled=young), Continue)
+    assert isinstance(watch(Policy.paper(), checks=4, gr_t=20.0 * young, finite_time_factor=young), Continue)
 
 
 # --- the five ways in which simpler controllers failed ---------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_b_a_raise_that_makes_the_loss_worse_is_taken_back():
 def test_c_early_and_noisy_readings_settle_nothing():
     """An interval wide open, or a GR_T half way up at 10 steps, moves nothing; nor does the zone end the watch."""
     young = theory.finite_time_factor(10)
-    assert isinstance(watch(Policy(), checks=2, gr_t=14.0 * young, settled=young), Continue)
+    assert isinstance(watch(Policy(), checks=2, gr_t=14.0 * young, finite_time_factor=young), Continue)
     assert isinstance(watch(Policy(), checks=5, gr_t=14.0, gr_t_error=12.0), Continue)
     policy = Policy()
     losses = [2.0 - 0.03 * i for i in range(12)] + [1.6] * 400
@@ -599,7 +599,7 @@ def replay(run, **settings):
     """The first decision other than Continue about a recorded training."""
     policy, config = Policy(**settings), Config(run["lr"], run["batch"])
     policy.observe(None, config, loss=run["untrained"])
-    names = ("gr_t", "gr_t_error", "settled", "gr_s", "gr_s_error", "noise_scale", "grad_norm")
+    names = ("gr_t", "gr_t_error", "finite_time_factor", "gr_s", "gr_s_error", "noise_scale", "grad_norm")
     for i, loss in enumerate(run["loss"]):
         reading = replace(
             READING,

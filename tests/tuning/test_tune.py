@@ -355,7 +355,18 @@ def test_the_study_holds_what_a_report_needs(digits, go, tmp_path):
     assert total == study.user_attrs["used"] == result.used
     assert study.best_value <= result.loss
     assert set(attributes["readings"][-1]) == {
-        *("samples", "step", "gr_t", "gr_t_error", "settled", "gr_s", "gr_s_error", "noise_scale", "grad_norm", "ready")
+        *(
+            "samples",
+            "step",
+            "gr_t",
+            "gr_t_error",
+            "finite_time_factor",
+            "gr_s",
+            "gr_s_error",
+            "noise_scale",
+            "grad_norm",
+            "ready",
+        )
     }
     assert any(reading["gr_s"] is not None for reading in attributes["readings"])
 

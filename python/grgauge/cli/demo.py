@@ -167,12 +167,12 @@ def _median(readings: Sequence[Reading]) -> Reading:
     """A reading as of the newest one; the standard errors, which are those of single readings, are left out."""
     newest = readings[-1]
     # each GR_T in units of what white noise would read by then, which in the first 40 steps still grows
-    gr_t = [reading.gr_t / reading.settled for reading in readings if reading.gr_t is not None]
+    gr_t = [reading.gr_t / reading.finite_time_factor for reading in readings if reading.gr_t is not None]
     gr_s = [reading.gr_s for reading in readings if reading.gr_s is not None]
     noise_scale = [reading.noise_scale for reading in readings if reading.noise_scale is not None]
     return replace(
         newest,
-        gr_t=median(gr_t) * newest.settled if gr_t else None,
+        gr_t=median(gr_t) * newest.finite_time_factor if gr_t else None,
         gr_t_error=None,
         gr_s=median(gr_s) if gr_s else None,
         gr_s_error=None,
@@ -209,7 +209,7 @@ def conclusion(runs: Sequence[Run], target: Target | None = None) -> str:
     target = target or Target()
     losses = {run.lr: run.loss for run in runs if math.isfinite(run.loss)}
     distances = {
-        run.lr: abs(math.log(summary.gr_t / summary.settled / target.gr_t))
+        run.lr: abs(math.log(summary.gr_t / summary.finite_time_factor / target.gr_t))
         for run in runs
         if (summary := run.summary) is not None and summary.ready and summary.gr_t is not None
     }

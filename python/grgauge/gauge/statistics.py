@@ -104,7 +104,7 @@ class Statistics:
             batch_size=window.settings.batch_size,
             gr_t=gr_t,
             gr_t_error=gr_t_error,
-            settled=finite_time_factor(ages.oldest, self._beta),
+            finite_time_factor=finite_time_factor(ages.oldest, self._beta),
             gr_s=_known(spatial.gr_s(window.settings.batch_size)) if spatial else None,
             gr_s_error=_known(math.hypot(spatial.gr_s_error(window.settings.batch_size), gr_s_error))
             if spatial

@@ -174,7 +174,7 @@ class GaugeSampler(BaseSampler):
 
         def rank(trial: FrozenTrial) -> tuple[bool, float]:
             newest = progress(trial)[-1]
-            gr_t, settled = newest.reading.gr_t, newest.reading.settled
+            gr_t, settled = newest.reading.gr_t, newest.reading.finite_time_factor
             outside = gr_t is None or not low / 2.0 <= gr_t / settled <= high * 2.0
             return outside, newest.loss if math.isfinite(newest.loss) else math.inf
 

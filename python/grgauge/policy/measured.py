@@ -340,11 +340,11 @@ class Measured:
             self._settings,
             self._settings.target.gr_t_zone,
         )
-        if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.settled > 0.0):
+        if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.finite_time_factor > 0.0):
             return None
         if warming:
             return Continue("the schedule is warming up", self._evidence("schedule", "GR_T", reading.gr_t))
-        grown = full_grown(max(reading.gr_t, 1.0), reading.settled)
+        grown = full_grown(max(reading.gr_t, 1.0), reading.finite_time_factor)
         s.recent = [*s.recent[1 - RULES.readings :], math.log(min(grown, RULES.largest))]
         error = (_finite(reading.gr_t_error) or 0.0) / reading.gr_t
         spread = min(max(error, RULES.least_error), RULES.most_error) / math.sqrt(len(s.recent))

@@ -94,9 +94,9 @@ class Pruning:
     def _gr_t(self, reading: Reading) -> float | None:
         """GR_T as it will be once it has settled; None where it says nothing."""
         blind = reading.gr_s is not None and reading.gr_s > self.blind
-        if reading.gr_t is None or reading.settled <= 0.0 or blind:
+        if reading.gr_t is None or reading.finite_time_factor <= 0.0 or blind:
             return None
-        return reading.gr_t / reading.settled
+        return reading.gr_t / reading.finite_time_factor
 
 
 def _loss_at(trial: Sequence[Progress], samples: float) -> float | None:

@@ -58,7 +58,7 @@ class Published:
         if lr is None or batch is None:
             return Continue("a gauge is missing", Evidence("missing", course.step))
         assert reading.gr_t is not None  # else lr were None
-        temporal = Evidence("zone", course.step, "GR_T", reading.gr_t / reading.settled, target.gr_t_zone)
+        temporal = Evidence("zone", course.step, "GR_T", reading.gr_t / reading.finite_time_factor, target.gr_t_zone)
         if lr == batch == 1.0:
             back, s.inherited = s.inherited, False
             return Continue("back in the zone within the grace period" if back else "in the zone", temporal)

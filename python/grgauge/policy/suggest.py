@@ -63,7 +63,7 @@ def _lr_factor(reading: Reading, target: Target, largest: float) -> float:
     if factor is None:
         return 1.0
     assert reading.gr_t is not None
-    far = target.gr_t_zone[0] > FAR >= reading.gr_t / reading.settled
+    far = target.gr_t_zone[0] > FAR >= reading.gr_t / reading.finite_time_factor
     return largest if far else _bounded(factor, largest)
 
 

@@ -36,9 +36,9 @@ class Target:
 
     def lr_factor(self, reading: Reading) -> float | None:
         """What one step multiplies the learning rate by: (GR_T*/GR_T)^(1/xi_T); 1 inside the zone, None if unknown."""
-        if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.settled > 0.0):
+        if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.finite_time_factor > 0.0):
             return None
-        gr_t = reading.gr_t / reading.settled
+        gr_t = reading.gr_t / reading.finite_time_factor
         low, high = self.gr_t_zone
         return 1.0 if low <= gr_t <= high else float((self.gr_t / gr_t) ** (1.0 / self.gr_t_power))
 

@@ -24,7 +24,8 @@ class TrialRecord:
     start_samples  samples that the whole study had taken when it began
     samples        it took
     seconds        it took
-    readings       {samples, step, gr_t, gr_t_error, settled, gr_s, gr_s_error, noise_scale, grad_norm, ready} each
+    readings       {samples, step, gr_t, gr_t_error, finite_time_factor, gr_s, gr_s_error, noise_scale, grad_norm,
+                   ready} each
     losses         [samples, mean loss since the point before] each; `samples` here and in readings are the study's
                    total then, counted from where `start_samples` is
     notes          what happened on the way, in words
@@ -69,7 +70,17 @@ class TrialRecord:
 
     def read(self, reading: Reading) -> None:
         """The reading that the newest step has made."""
-        kept = ("step", "gr_t", "gr_t_error", "settled", "gr_s", "gr_s_error", "noise_scale", "grad_norm", "ready")
+        kept = (
+            "step",
+            "gr_t",
+            "gr_t_error",
+            "finite_time_factor",
+            "gr_s",
+            "gr_s_error",
+            "noise_scale",
+            "grad_norm",
+            "ready",
+        )
         at = self.start_samples + self.samples
         self.readings.append({"samples": at, **{name: _finite(getattr(reading, name)) for name in kept}})
         self._mark()
