@@ -105,6 +105,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
     numels = (QUICK_NUMEL,) if quick else NUMELS
     configurations = [(numel, layout, "float32") for numel in numels for layout in LAYOUTS]
+    if not quick:
+        configurations += [(sum(MODELS[model]()), model, "float32") for model in MODELS]
     configurations.append((numels[-1], "1", "bfloat16"))
     metafunc.parametrize(("numel", "layout", "dtype"), configurations)
     metafunc.parametrize("variant", VARIANTS)
@@ -270,13 +272,43 @@ def in_one_loop(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
 
 
 def sizes(numel: int, layout: str) -> list[int]:
-    """One tensor, or TENSORS of many sizes, a few of them holding most elements, as in a model."""
+    """One tensor, or TENSORS of many sizes, a few of them holding most elements, as in a model; or a model's own."""
     if layout == "1":
         return [numel]
+    if layout in MODELS:
+        return MODELS[layout]()
     weights = np.random.default_rng(SEED).lognormal(sigma=1.5, size=TENSORS)
     counts = np.maximum(1, (numel * weights / weights.sum()).astype(int))
     counts[counts.argmax()] += numel - counts.sum()
     return [int(n) for n in counts]
+
+
+def resnet18() -> list[int]:
+    """torchvision's: 62 tensors, 11.7 M parameters."""
+    stages, inputs = [64 * 3 * 49, 64, 64], 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            stages += [width * inputs * 9, width, width, width * width * 9, width, width]
+            stages += [width * inputs, width, width] if block == 0 and inputs != width else []
+            inputs = width
+    return [*stages, 1000 * 512, 1000]
+
+
+def gpt2() -> list[int]:
+    """GPT-2 124M: 148 tensors, 124.4 M parameters."""
+    d = 768
+    block = [d, d, d * 3 * d, 3 * d, d * d, d, d, d, d * 4 * d, 4 * d, 4 * d * d, d]
+    return [50257 * d, 1024 * d, *(block * 12), d, d]
+
+
+def llama_lora() -> list[int]:
+    """LoRA of rank 8 on q, k, v and o of a Llama of 1.1 B (TinyLlama's shapes): 176 tensors, 2.3 M parameters."""
+    d, kv, rank = 2048, 256, 8
+    return [size for out in (d, kv, kv, d) for size in (rank * d, out * rank)] * 22
+
+
+MODELS: dict[str, Callable[[], list[int]]] = {"ResNet-18": resnet18, "GPT-2 124M": gpt2, "Llama + LoRA": llama_lora}
+"""Lists of parameters that users recognise."""
 
 
 def summary(samples: Samples, traffic: int) -> dict[str, dict[str, float]]:
