@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from .._torch_compat import loss_scale, scaling_attempt
 from ..optim import AdamW, BucketSums, unwrapped
 from ..reading import Reading
 from .halves import _length as _length  # tuning imports them from here
@@ -348,10 +349,10 @@ class Gauge:
 
     def _due(self) -> bool:
         """True if the step in progress will be read."""
-        if self._scaler is not None and self._scaler._per_optimizer_states is not self._attempt:
+        if self._scaler is not None and scaling_attempt(self._scaler) is not self._attempt:
             # Another dict after each update(). On overflow GradScaler does not call step() of most optimizers, so what
             # belongs to the attempt before is still here.
-            self._attempt = self._scaler._per_optimizer_states
+            self._attempt = scaling_attempt(self._scaler)
             self._micro.drop()
             if self._ranks is not None:
                 self._ranks.forget()
@@ -359,7 +360,7 @@ class Gauge:
 
     def _inv_scale(self) -> Tensor | None:
         """What gradients in progress are to be multiplied by."""
-        return reciprocal(None if self._scaler is None else self._scaler._scale)
+        return reciprocal(None if self._scaler is None else loss_scale(self._scaler))
 
     def _on_step(self, sums: list[BucketSums]) -> None:
         if not _capturing():

@@ -17,15 +17,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import grgauge_kernels as gk
 
+from .._torch_compat import GradBucket, flattened_group, fsdp_param_groups, has_comm_hook, reduce_scatter_base
 from ..estimators import Groups
 from .segments import GRAD_SQ, NONFINITE
 from .unavailable import NON_FINITE, Unavailable
@@ -69,7 +68,7 @@ class Ranks:
         self.forget()
         self.params = {id(p) for p in module.parameters()}
         if isinstance(module, DistributedDataParallel):
-            if module._comm_hooks:
+            if has_comm_hook(module):
                 raise ValueError(
                     "module has a communication hook already, and DDP takes one: make it anew and give the hook to "
                     "attach(module, comm_hook=..., state=...)"
@@ -201,22 +200,22 @@ class Ranks:
         self.size, self.replicas = mesh.size(), mesh.size() // dist.get_world_size(shard_group)
         if self.replicas == self.size > 1:
             raise ValueError("module is replicated only, each of its shards on one rank; use DistributedDataParallel")
-        self.group = shard_group if mesh.ndim == 1 else mesh._flatten().get_group()
+        self.group = shard_group if mesh.ndim == 1 else flattened_group(mesh)
         for m in modules:
-            for group in _param_groups(m):
+            for group in fsdp_param_groups(m):
                 if isinstance(group._reduce_scatter_comm, _MeasuredReduceScatter) or group._all_reduce_hook is not None:
                     raise ValueError("module has a gauge or an all-reduce hook of its own already, and FSDP2 takes one")
         for i, m in enumerate(modules):
-            for group in _param_groups(m):
+            for group in fsdp_param_groups(m):
                 comm = _MeasuredReduceScatter(self, ("fsdp", i), group._reduce_scatter_comm)
                 m.set_custom_reduce_scatter(comm)
                 m.set_all_reduce_hook(comm.after)
 
 
-class _MeasuredReduceScatter(ReduceScatter):
+class _MeasuredReduceScatter(reduce_scatter_base()):  # type: ignore[misc]
     """FSDP2's reduce-scatter of one module, measured before, and after the all-reduce that may follow."""
 
-    def __init__(self, ranks: Ranks, key: tuple[Any, ...], inner: ReduceScatter) -> None:
+    def __init__(self, ranks: Ranks, key: tuple[Any, ...], inner: Any) -> None:
         self._ranks, self._key, self._inner = ranks, key, inner
         self._mean = 1.0  # what the reduced gradient is to be multiplied by to be the mean of the inputs
 
@@ -244,11 +243,6 @@ class _MeasuredReduceScatter(ReduceScatter):
     def after(self, reduced: Tensor) -> None:
         if self._ranks._due():
             self._ranks._mean[self._key] = self._ranks._measure(self._key, reduced) * self._mean**2
-
-
-def _param_groups(module: FSDPModule) -> list[Any]:
-    state = module._get_fsdp_state()
-    return getattr(state, "_fsdp_param_groups", None) or [g for g in [getattr(state, "_fsdp_param_group", None)] if g]
 
 
 def _sums_of_parts(flat: Tensor) -> Tensor:

@@ -10,15 +10,19 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-from torch.autograd import profiler
 from torch.nn.parameter import is_lazy
 from torch.optim.adam import adam
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import grgauge_kernels as gk
 
+from .._torch_compat import (
+    disable_dynamo,
+    has_step_hooks,
+    init_states_like_torch,
+    is_profiled,
+    keep_in_order,
+    unwrapped_step,
+)
 from .param_bucket import BucketSums, Gradients, ParamBucket, StatesAs, Unclipped, same, takes
 
 ParamGroup = dict[str, Any]
@@ -199,21 +203,20 @@ class AdamW(torch.optim.AdamW):
 
         Raises RuntimeError for sparse gradients, before anything is changed.
         """
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        hooked = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        hooked = has_step_hooks(self)
         if torch.compiler.is_compiling():
             plain = not (hooked or closure or self.max_grad_norm or self._unclipped)
             if not plain:
                 return self._untraced_step(closure)
             self._traced_step()
             return None
-        if hooked or profiler._is_profiler_enabled:
+        if hooked or is_profiled():
             return self._hooked_step(closure)
         return self._step(closure)
 
     # Optimizer.__init__ would wrap step() in the bookkeeping of hooks and profiler, which costs a fifth of a step at
     # 0.1 M parameters. So marked, step() stays as it is, and goes through that wrapper only where somebody looks.
-    step.hooked = True  # type: ignore[attr-defined]
+    unwrapped_step(step)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
@@ -266,7 +269,7 @@ class AdamW(torch.optim.AdamW):
         for group, params in others:
             with torch.set_grad_enabled(group["differentiable"]):
                 lists: Any = [[] for _ in range(6)]
-                has_complex = super()._init_group({**group, "params": params}, *lists)
+                has_complex = init_states_like_torch(self, {**group, "params": params}, *lists)
                 for factor in (inv_scale, clip):
                     if factor is not None:
                         lists[1] = [grad * factor.to(grad.device) for grad in lists[1]]
@@ -315,7 +318,7 @@ class AdamW(torch.optim.AdamW):
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # A graph ends before such a step and goes on behind it: hooks and closures may do anything, no graph can tell if
     # parameters and gradients still are in a flat buffer, and clipping leaves a tensor with the optimizer.
-    _untraced_step = _disable_dynamo(_hooked_step)
+    _untraced_step = disable_dynamo(_hooked_step)
 
     def _traced_step(self) -> None:
         """The step as part of a compiled function's graph: an op a bucket, and one for the observers."""
@@ -478,4 +481,4 @@ def _observed(stats: list[Tensor], steps: list[Tensor], optimizer: int) -> None:
 
 _library.impl("observed", _observed, "CompositeExplicitAutograd")
 torch.library.register_fake("grgauge::observed", lambda stats, steps, optimizer: None, lib=_library)
-_register_effectful_op(torch.ops.grgauge.observed.default, _EffectType.ORDERED)
+keep_in_order(torch.ops.grgauge.observed.default)
