@@ -94,7 +94,8 @@ class ParamBucket:
     Moments that are there already are used as they are. Only those that a kernel cannot use, as they are of another
     dtype or laid out unlike the parameter, are replaced by copies that it can.
 
-    Raises ValueError for a moment that is not of its parameter's shape. Nothing is changed before `commit`.
+    Raises ValueError for a moment that is not of its parameter's shape, and for sharded parameters with flat moments.
+    Nothing is changed before `commit`.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class ParamBucket:
         self.pending = {i for i, state in enumerate(states) if not state}
         self.states = [state or {} for state in states]
         self.sharded = any(map(is_sharded, params))
+        if self.sharded and states_as.flat:
+            raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
         self._held = [local(p) for p in params]
         # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
         self.own = tuple([t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held])
