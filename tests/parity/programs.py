@@ -799,8 +799,7 @@ def a_removed_parameter_is_freed(make):
     gone = weakref.ref(old)
     net.head = nn.Linear(8, 3)
     del old
-    optimizer.zero_grad()
-    optimizer.step()
+    train(net, optimizer, 2, start=3)
     gc.collect()
     return optimizer, group["params"], [gone() is None]
 
