@@ -139,8 +139,8 @@ def gr_gauge(family: Family, start: Config | None, seed: int, goals: dict[bool, 
     def look(trial: Trial) -> None:
         if trial.model is None:
             return
-        before, stretch[0] = stretch[0], trial.segment
-        gone_back = before is not None and before is not trial.segment and trial.segment.parent != before.number
+        before, stretch[0] = stretch[0], trial.record
+        gone_back = before is not None and before is not trial.record and trial.record.parent != before.number
         if not average or gone_back:
             average[:] = [averaged(trial.model)]
         average[0].update_parameters(trial.model)

@@ -35,6 +35,17 @@ class Mean:
     small spread around a large mean does not cancel (West's update). `correlation`, where given, is the correlation of
     the new value with the one before, falling off geometrically with distance: smoothed readings that share gradients
     spread less than independent ones, and without it their standard error would come out too small.
+
+    Args:
+        beta: Smoothing factor, inside (0, 1).
+
+    Examples:
+        >>> from grgauge.smoothing import Mean
+        >>> mean = Mean(beta=0.5)
+        >>> mean.update(1.0), mean.update(4.0), mean.update(float("nan"))
+        (True, True, False)
+        >>> mean.mean
+        3.0
     """
 
     _fields = ("beta", "readings", "value", "spread", "weight_sq", "reach")
@@ -127,6 +138,17 @@ class Temporal:
 
     The EMA m itself is kept by whoever has the gradients, with the same beta and the same steps: where `update` returns
     False (a sum that is not finite) the EMA must skip that step too.
+
+    Args:
+        beta: Smoothing factor, that of the EMA.
+
+    Examples:
+        >>> from grgauge.smoothing import Temporal
+        >>> temporal = Temporal(beta=0.9)
+        >>> temporal.update(4.0)
+        True
+        >>> temporal.read(ema_sq=2.0)
+        2.0
     """
 
     _fields = ("steps", "grad_sq", "read_at", "newest")
@@ -224,6 +246,17 @@ class Spatial:
     S and G2 are smoothed apart and divided last: single-step ratios are negative as often as not once the batch is far
     below the noise scale. Their weighted second moments, with the same weights, give the standard errors. Neither S nor
     G2 depends on the batch, so a change of batch does not by itself call for a `restart`.
+
+    Args:
+        beta: Smoothing factor, from one reading to the next.
+
+    Examples:
+        >>> from grgauge.smoothing import Spatial
+        >>> spatial = Spatial()
+        >>> spatial.update(s=64.0, g2=1.0)
+        True
+        >>> spatial.noise_scale
+        64.0
     """
 
     def __init__(self, beta: float = 0.9) -> None:

@@ -18,14 +18,34 @@ from .ranks import World
 class Advisor:
     """Prints what gauges and policy say about a run every so often, and acts on nothing.
 
-    gauge      the gauge of the run
-    optimizer  whose learning rate is advised on, the highest of its groups
-    policy     None: `Policy.default()`
-    every      steps between two lines
-    print      takes a line
-
     With a gauge that is attached to a module, call `step` on all ranks: all get the same decision, and rank 0 prints.
-    Raises ValueError for a number out of range.
+
+    Args:
+        gauge: The gauge of the run.
+        optimizer: Whose learning rate is advised on, the highest of its groups.
+        policy: None: `Policy.default()`.
+        every: Steps between two lines.
+        print: Takes a line.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Examples:
+        >>> import torch, grgauge
+        >>> net = torch.nn.Linear(4, 1)
+        >>> optimizer = grgauge.AdamW(net.parameters(), lr=1e-4)
+        >>> gauge = grgauge.Gauge(optimizer, batch_size=64)
+        >>> lines = []
+        >>> advisor = grgauge.Advisor(gauge, optimizer, every=30, print=lines.append)
+        >>> def loss_fn(x):
+        ...     return (net(x) - x.sum(1, keepdim=True)).square().mean()
+        >>> for _ in range(60):
+        ...     optimizer.zero_grad()
+        ...     loss = gauge.split_backward(loss_fn, torch.randn(64, 4))
+        ...     optimizer.step()
+        ...     advice = advisor.step(loss)
+        >>> len(lines)
+        2
     """
 
     def __init__(
@@ -45,10 +65,14 @@ class Advisor:
         self._advice: Decision | None = None
 
     def step(self, loss: float | Tensor | None = None) -> Decision | None:
-        """Call after each `optimizer.step()`; returns the newest decision, None before the first reading.
+        """Call after each `optimizer.step()`.
 
-        loss  training loss of this step, on several ranks that of each one's part. Without it the policy cannot tell
-              that weights were damaged
+        Args:
+            loss: Training loss of this step, on several ranks that of each one's part. Without it the policy cannot
+                tell that weights were damaged.
+
+        Returns:
+            The newest decision, None before the first reading.
         """
         self._steps += 1
         reading = self._gauge.reading()

@@ -22,18 +22,37 @@ from .view import View
 class Autopilot(View):
     """Acts within one run: learning rate and batch size change live, each change printed with its reading.
 
-    model, optimizer, others   as for `Trial.watch`; the optimizer's learning rate is where it begins
-    batch_size   to begin with, in samples
-    budget       samples to train on, those of abandoned weights included
-    policy       None: `Policy.default()`
-    print        takes a line
-    micro_batch, every, seed, decay   as for `grgauge.tune`
-
     Loop over `batches(data)` and call `step(loss)` for each. Weights to return to are kept in memory, on the host: as
     they came, and before the newest change. On several ranks all do the same, and rank 0 prints.
 
-    Raises ValueError for a number out of range, and for a batch size that ranks cannot share equally; TrainingError as
-    `Trial.watch` does.
+    Args:
+        model: As for `Trial.watch`.
+        optimizer: As for `Trial.watch`; its learning rate is where it begins.
+        others: As for `Trial.watch`.
+        batch_size: To begin with, in samples.
+        budget: Samples to train on, those of abandoned weights included.
+        policy: None: `Policy.default()`.
+        print: Takes a line.
+        micro_batch: As for `grgauge.tune`.
+        every: As for `grgauge.tune`.
+        seed: As for `grgauge.tune`.
+        decay: As for `grgauge.tune`.
+
+    Raises:
+        ValueError: A number is out of range, or ranks cannot share the batch size equally.
+        TrainingError: As `Trial.watch` does.
+
+    Examples:
+        >>> import torch, grgauge
+        >>> x = torch.randn(64, 4)
+        >>> data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+        >>> net = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        >>> autopilot = grgauge.Autopilot(net, optimizer, batch_size=16, budget=160)
+        >>> for inputs, wanted in autopilot.batches(data):
+        ...     updated = autopilot.step((net(inputs) - wanted).square().mean())
+        >>> autopilot.used
+        160
     """
 
     def __init__(

@@ -20,19 +20,34 @@ LAST = 20
 class TrialRecord:
     """A stretch of training at one configuration, of one line of weights.
 
-    parent         number of the trial whose weights it inherited, None if it began untrained
-    start_samples  samples that the whole study had taken when it began
-    samples        it took
-    seconds        it took
-    readings       {samples, step, gr_t, gr_t_error, finite_time_factor, gr_s, gr_s_error, noise_scale, grad_norm,
-                   ready} each
-    losses         [samples, mean loss since the point before] each; `samples` here and in readings are the study's
-                   total then, counted from where `start_samples` is
-    notes          what happened on the way, in words
-    reason         why it ended, in words
-    decision       {"kind": "continue" | "retune" | "stop" | "fail", "rule": name, "evidence": {...}}
-    state          of Optuna's trial, None while it runs
-    last           losses of the newest steps
+    Attributes:
+        lr: peak learning rate.
+        batch_size: global batch in samples.
+        weight_decay: None where the optimizer has none.
+        parent: number of the trial whose weights it inherited, None if it began untrained.
+        start_samples: samples that the whole study had taken when it began.
+        number: of Optuna's trial, None before it is stored.
+        samples: it took.
+        seconds: it took.
+        readings: {samples, step, gr_t, gr_t_error, finite_time_factor, gr_s, gr_s_error, noise_scale, grad_norm, ready}
+            each.
+        losses: [samples, mean loss since the point before] each; `samples` here and in readings are the study's total
+            then, counted from where `start_samples` is.
+        notes: what happened on the way, in words.
+        reason: why it ended, in words.
+        decision: {"kind": "continue" | "retune" | "stop" | "fail", "rule": name, "evidence": {...}}.
+        state: of Optuna's trial, None while it runs.
+        error: why it failed, None if it did not.
+        last: losses of the newest steps.
+        pending: losses since the last point of the curve.
+
+    Examples:
+        >>> from grgauge.tuning.records import TrialRecord
+        >>> record = TrialRecord(lr=1e-3, batch_size=32, weight_decay=None)
+        >>> record.add(loss=2.0, samples=32)
+        >>> record.add(loss=1.0, samples=32)
+        >>> record.samples, record.loss
+        (64, 1.5)
     """
 
     lr: float

@@ -32,10 +32,16 @@ Bounds = Mapping[str, tuple[float, float]]
 class Trial(View):
     """What a training function trains with: `watch` once, then `step` for each of `batches`.
 
-    lr, batch_size   to train at. `watch` sets the learning rate, and `batches` follow the batch size
-    budget, used     samples, over all trials and all ranks
-    bounds           ends of each range that is searched
-    record, ended    of the stretch that is being trained, and of those before it
+    `tune` makes it and hands it to the training function. `lr` and `batch_size` are what to train at: `watch` sets the
+    learning rate, and `batches` follow the batch size.
+
+    Attributes:
+        budget: samples to train on, over all trials and all ranks.
+        used: of them, those taken so far.
+        bounds: ends of each range that is searched.
+        record: of the stretch that is being trained.
+        ended: records of those before it.
+        was_finished: True if the study had ended before this call.
     """
 
     record: TrialRecord
@@ -70,15 +76,17 @@ class Trial(View):
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> None:
         """What is trained. Its learning rate becomes `lr`, groups and schedule in proportion.
 
-        others  whatever else has `state_dict` and `load_state_dict` and changes in training: LR schedulers, which from
-                then on count from the learning rate set here, or an average of weights
+        Args:
+            model: On several ranks a DistributedDataParallel, or the root that fully_shard was applied to, over all of
+                them.
+            optimizer: Of its parameters.
+            others: Whatever else has `state_dict` and `load_state_dict` and changes in training: LR schedulers, which
+                from then on count from the learning rate set here, or an average of weights.
 
-        On several ranks the model is a DistributedDataParallel, or the root that fully_shard was applied to, over all
-        of them.
-
-        Raises TrainingError for a second call, without a parameter to train, for a learning rate of 0, for others
-        without a state, for a model that ranks would train apart, and for one whose parameters have other names or
-        shapes than the study was begun with.
+        Raises:
+            TrainingError: For a second call, without a parameter to train, for a learning rate of 0, for others without
+                a state, for a model that ranks would train apart, and for one whose parameters have other names or
+                shapes than the study was begun with.
         """
         loop = self._loop
         loop.watch(model, optimizer, *others)
@@ -96,11 +104,6 @@ class Trial(View):
     def batches(self, data: Data) -> Iterator[Any]:
         """Batches for one backward pass each, shuffled anew every epoch, until training ends. Call `step` for each.
 
-        data  a dataset with a length, a DataLoader over one, or a function that takes a size and returns batches of
-              that size, for as long as an epoch lasts. A dataset is continued where a stopped run was; a function's
-              batches begin anew. On several ranks a dataset is shuffled alike on all, and each takes its part; a
-              function must give each rank samples that no other has
-
         A batch of the present size comes as one or several micro-batches, each made of whole samples by the loader's
         own collate_fn, so samples may be anything. On one rank each step that is read has at least two, the groups of
         GR_S; none has a single sample, unless micro_batch is 1, or 2 and the batch odd, or the batch itself is. What a
@@ -111,9 +114,17 @@ class Trial(View):
         A loop that was left by `break` can be entered again: steps made count, and one that was left between two of its
         micro-batches is begun again.
 
-        Raises TrainingError where `step` was not called, for data that do not follow the batch size, for a batch size
-        that ranks cannot share equally, and for data of other length or with other samples than the study was begun
-        with; TypeError for other kinds of data.
+        Args:
+            data: A dataset with a length, a DataLoader over one, or a function that takes a size and returns batches of
+                that size, for as long as an epoch lasts. A dataset is continued where a stopped run was; a function's
+                batches begin anew. On several ranks a dataset is shuffled alike on all, and each takes its part; a
+                function must give each rank samples that no other has.
+
+        Raises:
+            TrainingError: Where `step` was not called, for data that do not follow the batch size, for a batch size
+                that ranks cannot share equally, and for data of other length or with other samples than the study was
+                begun with.
+            TypeError: For other kinds of data.
         """
         drawn_from = self._loop.source(data)
         self._origin.compare_data(drawn_from.fingerprint())
@@ -122,9 +133,17 @@ class Trial(View):
     def step(self, loss: Tensor) -> bool:
         """Backward of a batch's mean loss and, with the last micro-batch, the update; gradients are then cleared.
 
-        Until then they accumulate: the optimizer's own zero_grad() does nothing. Returns True after an update, which is
-        when a scheduler's own `step()` is due. Raises TrainingError where no batch of `batches` is open, for a loss
-        that is not one number with a graph, and for gradients that were cleared on the way.
+        Until then they accumulate: the optimizer's own zero_grad() does nothing.
+
+        Args:
+            loss: One number with a graph, the mean over this micro-batch.
+
+        Returns:
+            True after an update, which is when a scheduler's own `step()` is due.
+
+        Raises:
+            TrainingError: Where no batch of `batches` is open, for a loss that is not one number with a graph, and for
+                gradients that were cleared on the way.
         """
         stepped = self._loop.step(loss)
         if stepped:
@@ -133,7 +152,17 @@ class Trial(View):
         return stepped
 
     def run(self, train: Callable[[Trial], Any]) -> Any:
-        """Call the training function until the budget is spent; returns what it returns."""
+        """Call the training function until the budget is spent. `tune` does that; a training function does not.
+
+        Args:
+            train: The training function, called with this trial.
+
+        Returns:
+            What the training function returned.
+
+        Raises:
+            TrainingError: As for `tune`.
+        """
         loop = self._loop
         while True:
             loop.forget()

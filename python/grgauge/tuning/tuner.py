@@ -32,13 +32,14 @@ cheap and safe; from above weights are destroyed."""
 class Result:
     """What `tune` ends with.
 
-    config   the recommended learning rate, batch size in samples and weight decay
-    model    trained, as the training function left it
-    loss     training loss of its last trial, the mean of the last 20 steps
-    used     samples taken in all
-    verdict  in words, one line
-    trials   all trials of the study, failed ones included
-    output   what the training function returned
+    Attributes:
+        config: the recommended learning rate, batch size in samples and weight decay.
+        model: trained, as the training function left it.
+        loss: training loss of its last trial, the mean of the last 20 steps.
+        used: samples taken in all.
+        verdict: in words, one line.
+        trials: all trials of the study, failed ones included.
+        output: what the training function returned.
     """
 
     config: Config
@@ -70,46 +71,68 @@ def tune(
 ) -> Result:
     """Train with a learning rate and a batch size that are found on the way.
 
-    train         the training function. It builds model and optimizer, calls `trial.watch(model, optimizer)`, takes its
-                  batches from `trial.batches(dataset)` and calls `trial.step(loss)` for each, in place of backward,
-                  step and zero_grad. It is called again where training begins anew, and must then do the same
-    space         {"lr": (low, high), "batch_size": (low, high)}, in samples; one number fixes either. Or an
-                  `invariance.Space`, which has weight decays too. Gauges do not read those, so the learning rate alone
-                  is searched. Weight decay is held in the middle of its range, or where `start` has it, or as much
-                  lower as the range allows where the run would outlast the weights' time scale
-                  (`invariance.decay_within`). The verdict says whether it may still matter
-    budget        samples to train on, in all; a whole number
-    storage       path of an SQLite file, or the URL of any Optuna storage
-    study_name    the same name, storage and space again: go on where it stopped, or with a larger budget from its end.
-                  A finished one trains nothing and gives its result again; the verdict says so
-    fresh         begin again. A study of that name is kept, with its checkpoints, as the first free of name-1,
-                  name-2, ... After a kill, leave it out to go on
-    policy        makes the policy from the bounds of the space; `Policy.paper` for the published rules
-    start         where to begin; None: below the middle of the space. Its weight decay, if it has one, is set
-    seed          of weights and batches; sets the global generators of torch, numpy and Python
-    micro_batch   samples that one backward pass may take on one rank; None: its part of the batch. Halved where memory
-                  runs out; several ranks end with an error that names a smaller one
-    every         steps between readings
-    decay         what happens to weight decay when the learning rate or batch changes (`invariance.decay_after`),
-                  within its range
-    checkpoint_dir    folder for checkpoints, which are pickles: load only your own. None: beside the SQLite file
-    checkpoint_every  seconds between checkpoints, beside those at every change: what a kill can cost
-    on_step       called after each step, on every rank, as for a progress bar
-
     On several ranks (torchrun) call init_process_group() first, then this on all of them; the function wraps the model
-    in DistributedDataParallel or applies fully_shard to it. Rank 0 decides and writes; all must see checkpoint_dir, and
-    return the same but for `model` and `output`. An exception on one rank ends the others with an error within the
-    process group's timeout. Another number of ranks can go on where these stopped.
+    in DistributedDataParallel or applies fully_shard to it. Rank 0 decides and writes. An exception on one rank ends
+    the others with an error within the process group's timeout. Another number of ranks can go on where these stopped.
 
     One process trains a study at a time. The newest checkpoint and the one before it are kept: if the newest is
     damaged, a warning names it, and training goes on from the other.
 
-    Raises ValueError for an argument out of range, before anything is stored, for a study that another process trains,
-    and for one begun with another space, seed or training function (its file's name and its own); ImportError without
-    Optuna; TrainingError if the training function raises, returns early, never steps, ignores the batch size, trains
-    another model or other data than the study was begun with, or nothing that it does trains. The trial is then stored
-    as failed, and the same call goes on from the newest checkpoint. So it does where the disk was full, which is a
-    TrainingError too.
+    Args:
+        train: The training function. It builds model and optimizer, calls `trial.watch(model, optimizer)`, takes its
+            batches from `trial.batches(dataset)` and calls `trial.step(loss)` for each, in place of backward, step and
+            zero_grad. It is called again where training begins anew, and must then do the same.
+        space: {"lr": (low, high), "batch_size": (low, high)}, in samples; one number fixes either. Or an
+            `invariance.Space`, which has weight decays too. Gauges do not read those, so the learning rate alone is
+            searched. Weight decay is held in the middle of its range, or where `start` has it, or as much lower as the
+            range allows where the run would outlast the weights' time scale (`invariance.decay_within`). The verdict
+            says whether it may still matter.
+        budget: Samples to train on, in all; a whole number.
+        storage: Path of an SQLite file, or the URL of any Optuna storage.
+        study_name: The same name, storage and space again: go on where it stopped, or with a larger budget from its
+            end. A finished one trains nothing and gives its result again; the verdict says so.
+        fresh: Begin again. A study of that name is kept, with its checkpoints, as the first free of name-1, name-2, ...
+            After a kill, leave it out to go on.
+        policy: Makes the policy from the bounds of the space; `Policy.paper` for the published rules.
+        start: Where to begin; None: below the middle of the space. Its weight decay, if it has one, is set.
+        seed: Of weights and batches; sets the global generators of torch, numpy and Python.
+        micro_batch: Samples that one backward pass may take on one rank; None: its part of the batch. Halved where
+            memory runs out; several ranks end with an error that names a smaller one.
+        every: Steps between readings.
+        decay: What happens to weight decay when the learning rate or batch changes (`invariance.decay_after`), within
+            its range.
+        checkpoint_dir: Folder for checkpoints, which are pickles: load only your own. All ranks must see it. None:
+            beside the SQLite file.
+        checkpoint_every: Seconds between checkpoints, beside those at every change: what a kill can cost.
+        on_step: Called after each step, on every rank, as for a progress bar.
+
+    Returns:
+        The trained model, the recommended configuration and all trials, alike on all ranks but for `model` and
+            `output`.
+
+    Raises:
+        ValueError: An argument is out of range, before anything is stored; another process trains the study; or it was
+            begun with another space, seed or training function (its file's name and its own).
+        ImportError: Optuna is not installed.
+        TrainingError: The training function raises, returns early, never steps, ignores the batch size, trains another
+            model or other data than the study was begun with, or nothing that it does trains; or the disk was full.
+            The trial is stored as failed, and the same call goes on from the newest checkpoint.
+
+    Examples:
+        >>> import tempfile, torch, grgauge
+        >>> x = torch.randn(64, 4)
+        >>> data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+        >>> def train(trial):
+        ...     net = torch.nn.Linear(4, 1)
+        ...     trial.watch(net, torch.optim.AdamW(net.parameters(), lr=trial.lr))
+        ...     for inputs, wanted in trial.batches(data):
+        ...         trial.step((net(inputs) - wanted).square().mean())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = grgauge.tune(
+        ...         train, {"lr": (1e-4, 1e-1), "batch_size": 16}, budget=320, storage=f"{folder}/study.db"
+        ...     )
+        >>> result.used, result.config.batch_size
+        (320, 16)
     """
     bounds = _bounds(space)
     (low, high), (least, most) = bounds["lr"], bounds["batch_size"]
