@@ -59,15 +59,16 @@ class Collected:
 
     def judge(self, norms: Array | None) -> None:
         """Drop the micro-batches that turn out not to be in the step's gradient, given the norms on the host."""
-        start = 0
+        start, found = 0, None
         for (there, when), (before, now) in zip(self.checks, [] if norms is None else norms.tolist(), strict=True):
             if when is When.FIRST:
                 if now != 0.0:
-                    self.problem = Unavailable("gradients were not cleared before the step", transient=True)
+                    found = Unavailable("gradients were not cleared before the step", transient=True)
             elif now == 0.0 != before:
-                start, self.problem = there, None
+                start, found = there, None
             elif when is When.BETWEEN and 0 < there < len(self.sums) and not _alike(before, now):
-                self.problem = Unavailable("gradients were changed between two micro-batches", transient=True)
+                found = Unavailable("gradients were changed between two micro-batches", transient=True)
+        self.problem = self.problem or found  # what was known without values came after, or holds all the same
         self.cleared |= start > 0
         self.sums, self.shares, self.checks = self.sums[start:], self.shares[start:], []
 
