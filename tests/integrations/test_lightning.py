@@ -8,6 +8,7 @@ from engines.plain import assert_reads
 from engines.test_lightning import CLIPS, MICRO, OPTIMIZERS, STEPS, Digits, X, Y, by_hand
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
 from grgauge.integrations.lightning import GaugeCallback
@@ -61,14 +62,6 @@ def test_without_accumulation_only_what_exists_is_logged():
     assert "gr_s" not in trainer.callback_metrics
 
 
-def test_extra_passes_over_halves_give_gr_s_and_change_nothing():
-    gauging = GaugeCallback(split_every=10, print=None)
-    _, module = fit(OPTIMIZERS["ours"], gauging, groups=1)
-    _, plain = fit(OPTIMIZERS["ours"], groups=1)
-    assert [r.step for r in gauging.readings if r.gr_s is not None] == [5, 15, 25]
-    assert torch.equal(weights(module), weights(plain))
-
-
 @EVERY_OPTIMIZER
 def test_a_fit_resumed_from_a_checkpoint_reads_the_same_bits(make, tmp_path):
     straight, resumed = GaugeCallback(print=None), GaugeCallback(print=None)
@@ -83,3 +76,37 @@ def test_stop_when():
     gauging = GaugeCallback(stop_when=lambda reading: reading.step >= 10, print=None)
     trainer, _ = fit(OPTIMIZERS["SGD"], gauging)
     assert trainer.global_step == 10
+
+
+@pytest.mark.parametrize("clipping", ["no clipping", "norm"])
+def test_the_scale_of_16_bit_training_is_not_read(clipping):
+    """A scale that doubles every third step, or stays, gives the same readings."""
+    readings = []
+    for interval in (3, 1000):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=interval)
+        gauging = GaugeCallback(print=None)
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        fit(OPTIMIZERS["SGD"], gauging, plugins=plugins, **CLIPS[clipping][0])
+        readings.append(gauging.readings)
+    assert len(readings[0]) == STEPS // 5
+    for growing, constant in zip(*readings, strict=True):
+        assert growing.gr_t == pytest.approx(constant.gr_t, rel=1e-2)
+        assert growing.gr_s == pytest.approx(constant.gr_s, rel=1e-2)
+        assert growing.grad_norm == pytest.approx(constant.grad_norm, rel=1e-2)
+
+
+def test_acting_multiplies_the_learning_rate_by_the_verdicts_factor():
+    lines = []
+    gauging = GaugeCallback(window=20, act="lr", print=lines.append)
+    trainer, _ = fit(lambda params: torch.optim.AdamW(params, lr=1e-5), gauging)
+    read = gauging.readings[3]
+    factor = trainer.optimizers[0].param_groups[0]["lr"] / 1e-5
+    assert factor == pytest.approx((20.0 * read.settled / read.gr_t) ** (1 / 3))
+    assert factor > 1.5
+    assert f"learning rate multiplied by {factor:.2f}" in lines[0]
+
+
+def test_several_processes_are_refused():
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, enable_checkpointing=False)
+    with pytest.raises(RuntimeError, match="strategy is DDPStrategy; GaugeCallback supports SingleDeviceStrategy"):
+        GaugeCallback().on_train_start(trainer, Digits(OPTIMIZERS["SGD"]))

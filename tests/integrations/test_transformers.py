@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from engines.plain import assert_reads, plain_loop
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -129,13 +130,11 @@ def test_one_line_reads_raw_gradients_clipped_or_not(make, max_grad_norm, data, 
 
 
 @EVERY_OPTIMIZER
-@pytest.mark.parametrize("groups", [1, 4])
-def test_training_ends_in_the_weights_it_ends_in_without_the_callback(make, groups, tmp_path):
-    """With dropout, so that the extra passes over halves would show in the random numbers if they drew any."""
-    options = {"groups": groups, "max_steps": 60 if groups == 1 else STEPS}
-    gauging = GaugeCallback(split_every=20, print=None)
-    gauged = train(make, tmp_path, gauging, model=llama(dropout=0.1), **options)
-    plain = train(make, tmp_path, model=llama(dropout=0.1), **options)
+def test_training_ends_in_the_weights_it_ends_in_without_the_callback(make, tmp_path):
+    """With dropout, so that random numbers would show if the callback drew any."""
+    gauging = GaugeCallback(print=None)
+    gauged = train(make, tmp_path, gauging, model=llama(dropout=0.1))
+    plain = train(make, tmp_path, model=llama(dropout=0.1))
     assert torch.equal(weights(gauged), weights(plain))
     assert [entry["loss"] for entry in gauged.state.log_history if "loss" in entry] == [
         entry["loss"] for entry in plain.state.log_history if "loss" in entry
@@ -143,22 +142,8 @@ def test_training_ends_in_the_weights_it_ends_in_without_the_callback(make, grou
     assert any(reading.gr_s is not None for reading in gauging.readings)
 
 
-def test_without_accumulation_gr_s_is_of_two_halves_of_a_batch(tmp_path):
-    """As if the halves were micro-batches."""
-    extra = GaugeCallback(split_every=20, print=None)
-    train(OPTIMIZERS["SGD"], tmp_path, extra, micro=BATCH, groups=1, data=PADDED, seed=3)
-    halves = GaugeCallback(print=None)
-    train(OPTIMIZERS["SGD"], tmp_path, halves, micro=BATCH // 2, groups=2, data=PADDED, seed=3)
-    assert [reading.step for reading in extra.readings if reading.gr_s is not None] == [10]
-    assert extra.readings[1].grad_norm == pytest.approx(halves.readings[1].grad_norm, rel=1e-5)
-    # The first of one is the second of the other, so it is the noise scale of a single step that is compared.
-    single = GaugeCallback(every=10, print=None)
-    train(OPTIMIZERS["SGD"], tmp_path, single, micro=BATCH // 2, groups=2, data=PADDED, seed=3)
-    assert extra.readings[1].gr_s == pytest.approx(single.readings[0].gr_s, rel=1e-4)
-
-
-def test_no_split_no_gr_s(tmp_path):
-    gauging = GaugeCallback(split_every=None, print=None)
+def test_without_accumulation_there_is_no_gr_s(tmp_path):
+    gauging = GaugeCallback(print=None)
     trainer = train(OPTIMIZERS["ours"], tmp_path, gauging, groups=1)
     assert all(reading.gr_s is None for reading in gauging.readings)
     assert not any("gr_s" in entry for entry in trainer.state.log_history)
@@ -208,6 +193,34 @@ def test_bfloat16(tmp_path):
     train(OPTIMIZERS["ours"], tmp_path, full)
     assert gauging.readings[-1].gr_t == pytest.approx(full.readings[-1].gr_t, rel=0.05)
     assert gauging.readings[-1].gr_s == pytest.approx(full.readings[-1].gr_s, rel=0.05)
+
+
+@pytest.mark.parametrize("callback", [GaugeCallback(), GradESCallback(tau=1.0)], ids=["gauge", "GradES"])
+def test_a_scaled_loss_is_refused(callback, tmp_path):
+    class Scaled(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
+    with pytest.raises(RuntimeError, match=r"scales losses \(fp16\); the callbacks support fp32 and bf16 only"):
+        Scaled(model=llama(), args=arguments, train_dataset=WHOLE, callbacks=[callback]).train()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "XLA", "MULTI_CPU"])
+def test_more_than_one_device_is_refused(kind, tmp_path):
+    class Distributed(Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            self.accelerator.state.distributed_type = DistributedType(kind)
+            try:
+                return self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            finally:
+                self.accelerator.state.distributed_type = DistributedType.NO
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
+    trainer = Distributed(model=llama(), args=arguments, train_dataset=WHOLE, callbacks=[GaugeCallback()])
+    with pytest.raises(RuntimeError, match=f"distributed type is {kind}, .*support one process on one device only"):
+        trainer.train()
 
 
 def test_a_verdict_a_window(tmp_path):
@@ -266,7 +279,6 @@ def test_outside_a_trainer():
         ({"every": 0}, "every must be a whole number of at least 1, got 0"),
         ({"window": 3}, "window must be a whole number of at least 5, got 3"),
         ({"act": "batch"}, 'act must be "advise" or "lr", got \'batch\''),
-        ({"split_every": 5}, "split_every must be a whole number of at least 10, got 5"),
     ],
 )
 def test_bad_arguments(options, message):

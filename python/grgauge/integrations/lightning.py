@@ -5,13 +5,10 @@ Trainer(..., callbacks=[GaugeCallback()])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .._validation import require, require_count
 from ..gauge import Gauge
@@ -25,6 +22,7 @@ from .verdicts import Verdicts, values
 try:
     import lightning
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import SingleDeviceStrategy
     from lightning.pytorch.utilities.data import extract_batch_size
 except ImportError as error:
     raise ImportError(
@@ -37,7 +35,7 @@ if tuple(int(part) for part in lightning.__version__.split(".")[:2]) < (2, 4):
 class GaugeCallback(Callback):
     """Reads GR_T, GR_S and the noise scale of a fit, into its logs and checkpoints.
 
-    batch_size   global batch in samples; None: the training dataloader's, times accumulation and ranks
+    batch_size   global batch in samples; None: the training dataloader's, times accumulation
     every        steps between readings
     sample, beta, seed   as for `grgauge.Gauge`
     window       steps between two verdicts
@@ -45,21 +43,17 @@ class GaugeCallback(Callback):
                  callback. "lr": also multiplies the learning rate, and all that schedules compute it from, by the
                  verdict's factor: at the ends of windows in the first tenth of the training (of the first window at
                  least), unless a schedule is warming up or GR_S says that GR_T is blind
-    split_every  with one device and no accumulation: steps between two extra passes over a batch in halves, the groups
-                 of GR_S; the first comes in the middle. For each `training_step` is called twice more, with
-                 `self.log` muted, and weights, buffers and random numbers stay as they were. None: no such passes, and
-                 GR_S is not available there; or halve the batch and set accumulate_grad_batches=2
     stop_when    called with each new reading; the fit ends when it returns True
     target       what verdicts are about
     optimizer    which of several the gauge is on
     print        takes a line; None: nothing is printed
 
-    Where Lightning clips, gradients are read before. Micro-batches, or the ranks of DDP and FSDP2 (its
-    ModelParallelStrategy), are the groups of GR_S. Values are logged as gr_t, gr_s and noise_scale, and only what
-    exists. `reading` is the newest, `readings` are all of this fit.
+    Where Lightning clips, gradients are read before. Micro-batches are the groups of GR_S: without accumulation it is
+    not available; halve the batch and set accumulate_grad_batches=2. Values are logged as gr_t, gr_s and
+    noise_scale, and only what exists. `reading` is the newest, `readings` are all of this fit.
 
     Raises ValueError for a number out of range, and where the batch size cannot be known; RuntimeError when training
-    begins under FSDP1, DeepSpeed or XLA.
+    begins on several devices or processes, or elsewhere than on CPU or CUDA.
     """
 
     def __init__(
@@ -72,24 +66,19 @@ class GaugeCallback(Callback):
         seed: int = 0,
         window: int = 50,
         act: Literal["advise", "lr"] = "advise",
-        split_every: int | None = None,
         stop_when: Callable[[Reading], bool] | None = None,
         target: Target | None = None,
         optimizer: int = 0,
         print: Callable[[str], object] | None = print,
     ) -> None:
         require_count("every", every, 1)
-        if split_every is not None:
-            require_count("split_every", split_every, 2 * every)
         require(stop_when is None or callable(stop_when), "stop_when", stop_when, "None or a function of a reading")
         self.batch_size, self.stop_when = batch_size, stop_when
         self.readings: list[Reading] = []
         self.gauge: Gauge | None = None
         self._verdicts = Verdicts(window, act, every, target)
         self._options: dict[str, Any] = {"every": every, "sample": sample, "beta": beta, "seed": seed}
-        self._every, self._index, self._print = every, optimizer, print
-        # The passes fall on steps that are read.
-        self._split_every = None if split_every is None else split_every // every * every
+        self._index, self._print = optimizer, print
         self._raw: RawGradients | None = None
         self._saved: dict[str, Any] | None = None
         self._in_groups, self._size = False, 0
@@ -107,9 +96,7 @@ class GaugeCallback(Callback):
         self._raw = RawGradients(pl_module, optimizer) if trainer.gradient_clip_val else None
         size = self.batch_size or _batch_size(trainer)
         self.gauge = Gauge(self._raw or optimizer, size, scaler=_scaler(trainer), **self._options)
-        if trainer.world_size > 1:
-            self.gauge.attach(trainer.strategy.model)
-        self._in_groups = trainer.world_size > 1 or trainer.accumulate_grad_batches > 1
+        self._in_groups = trainer.accumulate_grad_batches > 1
         self.readings = []
         self._verdicts.restart(highest_lr(optimizer))
         if self._saved is not None:
@@ -119,12 +106,6 @@ class GaugeCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.batch_size is None:
             self._size = extract_batch_size(batch)
-        every = self._split_every
-        if every is None or self._in_groups:
-            return
-        middle = every // 2 // self._every * self._every
-        if (trainer.global_step + 1) % every == middle:
-            self._split(trainer, pl_module, batch, batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.gauge is not None
@@ -176,22 +157,6 @@ class GaugeCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None
 
-    def _split(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The groups of GR_S by passes of their own."""
-        assert self.gauge is not None
-        gauge, scaler, optimizer = self.gauge, _scaler(trainer), trainer.optimizers[self._index]
-
-        def loss_fn(part: Any) -> Tensor:
-            with trainer.precision_plugin.train_step_context():
-                output = module.training_step(part, batch_idx)
-            loss = output["loss"] if isinstance(output, dict) else output
-            return loss if scaler is None else scaler.scale(loss)
-
-        optimizer.zero_grad()
-        with _unchanged(module):
-            gauge.split_backward(loss_fn, batch)
-        optimizer.zero_grad()
-
 
 def _batch_size(trainer: Trainer) -> int:
     size = getattr(trainer.train_dataloader, "batch_size", None)
@@ -200,7 +165,7 @@ def _batch_size(trainer: Trainer) -> int:
             f"batch_size must be given, as GaugeCallback(batch_size=...): a {type(trainer.train_dataloader).__name__} "
             f"does not tell, its batch_size is {size!r}"
         )
-    return size * trainer.accumulate_grad_batches * trainer.world_size
+    return size * trainer.accumulate_grad_batches
 
 
 def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -209,26 +174,9 @@ def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 def _refuse(trainer: Trainer) -> None:
     """Say in one sentence what cannot be gauged."""
-    name = type(trainer.strategy).__name__
-    if isinstance(trainer.strategy.model, FullyShardedDataParallel):
-        raise RuntimeError(f"{name} is FSDP1, which hides single parameters; gauges need ModelParallelStrategy (FSDP2)")
-    if "DeepSpeed" in name:
-        raise RuntimeError(f"{name} keeps gradients to itself; gauges need DDPStrategy or ModelParallelStrategy")
-    if "XLA" in name:
-        raise RuntimeError(f"{name} runs on XLA, which the gauges' kernels do not; they need CPU or CUDA")
-
-
-@contextmanager
-def _unchanged(module: LightningModule) -> Iterator[None]:
-    """Whatever runs inside logs nothing, and leaves buffers and random numbers as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [module.device] if module.device.type == "cuda" else []
-    module.log = lambda *args, **kwargs: None  # log_dict calls it too
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        del module.log
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy) or strategy.root_device.type not in ("cpu", "cuda"):
+        raise RuntimeError(
+            f"the Trainer's strategy is {type(strategy).__name__}; GaugeCallback supports SingleDeviceStrategy on "
+            "CPU or CUDA only. With ranks use grgauge.Gauge and its attach() in a callback of your own"
+        )

@@ -112,7 +112,7 @@ class GaugeSampler(BaseSampler):
         self._independent = independent_sampler or TPESampler(seed=seed)
         self._lr, self._batch_size, self._batch = lr, batch_size, batch
         self._target = target or Target()
-        self._options = {
+        self._options: dict[str, Any] = {
             "target": self._target,
             "max_lr_factor": max_lr_factor,
             "max_batch_factor": max_batch_factor,
@@ -143,7 +143,7 @@ class GaugeSampler(BaseSampler):
         taken = {t.user_attrs.get(PARENT) for t in trials}
         parent = next((t for t in reversed(read.values()) if t.number not in taken), None)
         chosen = None if parent is None else suggest(_readings(parent), self._config(parent), **self._options)
-        if parent is None or chosen == self._config(parent):
+        if parent is None or chosen is None or chosen == self._config(parent):
             best = self._best(list(read.values()))
             parent = parent or best
             config = self._config(best)

@@ -22,7 +22,7 @@ class RawGradients(torch.optim.Optimizer):
         super().__init__(list(_named(model, optimizer)), {})
         self.found_inf: Tensor | None = None
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Nothing but the hooks."""
 
     def step_scaled(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,6 @@ class _Watching(TrainerCallback):
 
     def __init__(self) -> None:
         self._trainer: Trainer | None = None
-        self._accelerator: Any = None
         self._raw: RawGradients | None = None
 
     def _open(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
@@ -71,9 +70,6 @@ class _Watching(TrainerCallback):
         """What is new for the Trainer's logs."""
         raise NotImplementedError
 
-    def _before(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> None:
-        """Called before each micro-batch."""
-
     def _after(self, inputs: Mapping[str, Any], items: Tensor | int | None) -> None:
         """Called after each micro-batch's backward."""
 
@@ -83,70 +79,50 @@ class _Watching(TrainerCallback):
         trainer, checkpoint = _caller()
         _refuse(trainer)
         self._close()
-        optimizer = unwrapped(trainer.optimizer)
-        clips = args.max_grad_norm > 0
-        self._raw = RawGradients(trainer.model, optimizer) if clips else None
+        model, optimizer = trainer.model, unwrapped(_optimizer(trainer))
+        if not isinstance(model, nn.Module):
+            raise RuntimeError(f"the Trainer's model is {model!r}; it must be a torch.nn.Module")
+        self._raw = RawGradients(model, optimizer) if args.max_grad_norm > 0 else None
         self._open(trainer, optimizer if self._raw is None else self._raw)
         if self._trainer is not trainer:
             self._wrap(trainer)
         self._trainer = trainer
-        if self._accelerator is not trainer.accelerator:
-            self._wrap_unscaling(trainer.accelerator)
-        self._accelerator = trainer.accelerator
         if state.global_step > 0:
             self._resume(trainer, checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self._trainer is not None
+        if args.output_dir is None:
+            raise RuntimeError("output_dir of the TrainingArguments is None; it must be the folder of the checkpoints")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        saved = self._state()  # on all ranks: it may reduce
-        if folder.is_dir() and (_sharded(self._trainer) or args.should_save):
-            torch.save(saved, folder / self._file(self._trainer))
+        if folder.is_dir() and args.should_save:
+            torch.save(self._state(), folder / f"{self.file}.pt")
 
     def _resume(self, trainer: Trainer, checkpoint: str | None) -> None:
-        path = None if checkpoint is None else Path(checkpoint) / self._file(trainer)
+        path = None if checkpoint is None else Path(checkpoint) / f"{self.file}.pt"
         if path is not None and path.is_file():
             self._load(torch.load(path, map_location=trainer.args.device, weights_only=True))
         else:
             warnings.warn(
                 f"{type(self).__name__} starts cold: the training goes on from step {trainer.state.global_step}, and "
-                f"its checkpoint holds no {self._file(trainer)}",
+                f"its checkpoint holds no {self.file}.pt",
                 stacklevel=2,
             )
-
-    def _file(self, trainer: Trainer) -> str:
-        """Sharded states are one file a rank."""
-        return f"{self.file}-{trainer.args.process_index}.pt" if _sharded(trainer) else f"{self.file}.pt"
 
     def _wrap(self, trainer: Trainer) -> None:
         training_step, log = trainer.training_step, trainer.log
 
         def read(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
-            self._before(model, inputs, num_items_in_batch)
             loss = training_step(model, inputs, num_items_in_batch, **kwargs)
             self._after(inputs, num_items_in_batch)
-            scaled = trainer.accelerator.scaler is not None
-            if self._raw is not None and trainer.accelerator.sync_gradients and not scaled:
+            if self._raw is not None and trainer.accelerator.sync_gradients:
                 self._raw.step()
             return loss
 
         def add_values(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             log({**logs, **self._values()} if "loss" in logs else logs, *args, **kwargs)
 
-        trainer.training_step, trainer.log = read, add_values
-
-    def _wrap_unscaling(self, accelerator: Any) -> None:
-        """With a GradScaler gradients are themselves, and overflow is known, once they are unscaled to be clipped."""
-        if accelerator.scaler is None:
-            return
-        unscale_gradients = accelerator.unscale_gradients
-
-        def read(optimizer: Any = None) -> None:
-            unscale_gradients(optimizer)
-            if self._raw is not None and self._trainer is not None:
-                self._raw.step_scaled(accelerator.scaler, unwrapped(self._trainer.optimizer))
-
-        accelerator.unscale_gradients = read
+        trainer.training_step = read  # type: ignore[method-assign]
+        trainer.log = add_values  # type: ignore[method-assign]
 
 
 class GaugeCallback(_Watching):
@@ -160,17 +136,16 @@ class GaugeCallback(_Watching):
                  callback. "lr": also multiplies the learning rate, and all that the schedule computes it from, by the
                  verdict's factor: at the ends of windows in the first tenth of the training (of the first window at
                  least), unless the schedule is warming up or GR_S says that GR_T is blind
-    split_every  where the Trainer does not accumulate on its one device: steps between two extra passes over a batch in
-                 halves, which are the groups of GR_S; the first comes in the middle. They cost as much as a step and
-                 change nothing. None: no such passes, and GR_S is not available there
     target       what verdicts are about
     print        takes a line; None: nothing is printed
 
-    Where the Trainer clips, gradients are read before. Micro-batches, or the ranks of DDP and FSDP2, are the groups of
-    GR_S; where the Trainer divides the loss by the tokens of all of them, each weighs as much as it has. Values are
-    logged as gr_t, gr_s and noise_scale, and only what exists. `reading` is the newest, `readings` are all of this run.
+    Where the Trainer clips, gradients are read before. Micro-batches are the groups of GR_S: without accumulation it is
+    not available; halve the batch and set gradient_accumulation_steps=2. Where the Trainer divides the loss by the
+    tokens of all of them, each weighs as much as it has. Values are logged as gr_t, gr_s and noise_scale, and only what
+    exists. `reading` is the newest, `readings` are all of this run.
 
-    Raises ValueError for a number out of range; RuntimeError when training begins under FSDP1, DeepSpeed or XLA.
+    Raises ValueError for a number out of range; RuntimeError when training begins on several devices or processes, or
+    in float16.
     """
 
     file = "gauge"
@@ -185,23 +160,18 @@ class GaugeCallback(_Watching):
         seed: int = 0,
         window: int = 50,
         act: Literal["advise", "lr"] = "advise",
-        split_every: int | None = 100,
         target: Target | None = None,
         print: Callable[[str], object] | None = print,
     ) -> None:
         super().__init__()
         require_count("every", every, 1)
-        if split_every is not None:
-            require_count("split_every", split_every, 2 * every)
         self.batch_size = batch_size
         self._verdicts = Verdicts(window, act, every, target)
         self.readings: list[Reading] = []
         self.gauge: Gauge | None = None
         self._options: dict[str, Any] = {"every": every, "sample": sample, "beta": beta, "seed": seed}
         self._every, self._print = every, print
-        # The passes fall on steps that are read.
-        self._split_every = None if split_every is None else split_every // every * every
-        self._steps, self._attached = 0, False
+        self._steps = 0
         self._counting: RemovableHandle | None = None
         self._logged: Reading | None = None
 
@@ -218,27 +188,22 @@ class GaugeCallback(_Watching):
         new = None if reading is self.reading else reading
         if new is not None:
             self.readings.append(new)
-        said = self._verdicts.observe(new, highest_lr(trainer.optimizer), state.max_steps)
+        said = self._verdicts.observe(new, highest_lr(_optimizer(trainer)), state.max_steps)
         if said is None:
             return
         line, factor = said
         if factor != 1.0:
-            scale(trainer.optimizer, [trainer.lr_scheduler], factor)
+            scale(_optimizer(trainer), [trainer.lr_scheduler], factor)
             self._verdicts.changed(factor)
             self.gauge.restart()
         if self._print is not None and trainer.is_world_process_zero():
             self._print(line)
 
     def _open(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        args, scaler = trainer.args, trainer.accelerator.scaler
-        size = self.batch_size or trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.gauge = Gauge(optimizer, size, scaler=scaler, **self._options)
-        self._attached = args.world_size > 1
-        if self._attached:
-            self.gauge.attach(trainer.model_wrapped)
+        size = self.batch_size or trainer._train_batch_size * trainer.args.gradient_accumulation_steps
+        self.gauge = Gauge(optimizer, size, **self._options)
         self.readings, self._logged, self._steps = [], None, 0
-        self._verdicts.restart(highest_lr(trainer.optimizer))
-        # counts as the gauge does, which steps of a GradScaler that are skipped may leave out
+        self._verdicts.restart(highest_lr(_optimizer(trainer)))
         self._counting = optimizer.register_step_post_hook(self._count)
 
     def _count(self, *_: Any) -> None:
@@ -275,39 +240,21 @@ class GaugeCallback(_Watching):
         assert self.gauge is not None
         assert trainer is not None
         # Sizes and weights are asked for on steps that are read only: to know them may wait for the device.
-        if (trainer.args.gradient_accumulation_steps > 1 or self._attached) and self._due:
+        if trainer.args.gradient_accumulation_steps > 1 and self._due:
             self.gauge.micro_step(*_share(trainer, inputs, items, self.gauge.batch_size))
-
-    def _before(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> None:
-        """On one device, without accumulation, now and then: the groups of GR_S by passes of their own."""
-        trainer, every = self._trainer, self._split_every
-        assert self.gauge is not None
-        assert trainer is not None
-        if every is None or trainer.args.gradient_accumulation_steps > 1 or self._attached or not self._due:
-            return
-        middle = every // 2 // self._every * self._every
-        if (self._steps + 1) % every != middle:
-            return
-        halves = _halves(inputs)
-        if halves is None:
-            return
-        with _unchanged(trainer, model):
-            for half in halves:
-                samples, weight = _share(trainer, half, items, self.gauge.batch_size)
-                trainer.current_gradient_accumulation_steps = _rows(inputs) / _rows(half)
-                type(trainer).training_step(trainer, model, half, items)
-                self.gauge.micro_step(samples, weight if weight is not None else _rows(half))
 
 
 class GradESCallback(_Watching):
     """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when enough matrices are frozen.
 
-    options   as for `grgauge.GradES`; `total_steps` are the Trainer's
+    options   as for `grgauge.GradES`; `total_steps` are the Trainer's. `tau` is required: the reading of a matrix below
+              which it is frozen, by default as a share of its own early level, so that 1 is that level itself
 
     Gradients are read before the Trainer clips them, and frozen matrices no longer count in its norm. The number of
     frozen matrices is logged as grades_frozen. `grades` is the GradES at work.
 
-    Raises what `grgauge.GradES` raises, when training begins.
+    Raises what `grgauge.GradES` raises, when training begins; RuntimeError on several devices or processes, or in
+    float16.
     """
 
     file = "grades"
@@ -366,7 +313,7 @@ class GradESCallback(_Watching):
 
 def _caller() -> tuple[Trainer, str | None]:
     """The Trainer that is calling, and the checkpoint that it goes on from."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         trainer = frame.f_locals.get("self")
         if isinstance(trainer, Trainer):
@@ -375,19 +322,22 @@ def _caller() -> tuple[Trainer, str | None]:
     raise RuntimeError("on_train_begin must be called by a transformers.Trainer, and no frame above is one's")
 
 
+def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    if trainer.optimizer is None:
+        raise RuntimeError("the Trainer has no optimizer yet; it makes one when training begins")
+    return trainer.optimizer
+
+
 def _refuse(trainer: Trainer) -> None:
     """Say in one sentence what cannot be gauged."""
-    kind, accelerator = trainer.accelerator.distributed_type.value, trainer.accelerator
-    if kind == "FSDP" and not accelerator.is_fsdp2:
-        raise RuntimeError("the Trainer uses FSDP1, which hides single parameters; gauges need FSDP2 (fsdp_version: 2)")
-    if kind == "DEEPSPEED":
-        raise RuntimeError("the Trainer uses DeepSpeed, which keeps gradients to itself; gauges need DDP or FSDP2")
-    if kind == "XLA":
-        raise RuntimeError("the Trainer uses XLA, which the gauges' kernels do not run on; they need CPU or CUDA")
-
-
-def _sharded(trainer: Trainer) -> bool:
-    return bool(trainer.accelerator.distributed_type.value == "FSDP")
+    kind, args = trainer.accelerator.distributed_type.value, trainer.args
+    if kind != "NO" or args.world_size > 1 or args.n_gpu > 1:
+        raise RuntimeError(
+            f"the Trainer's distributed type is {kind}, {args.world_size} processes and {args.n_gpu} GPUs in each; "
+            "the callbacks support one process on one device only"
+        )
+    if trainer.accelerator.scaler is not None:
+        raise RuntimeError("the Trainer scales losses (fp16); the callbacks support fp32 and bf16 only")
 
 
 def _rows(inputs: Mapping[str, Any]) -> int:
@@ -408,31 +358,4 @@ def _share(
     if "shift_labels" not in inputs and trainer._loss_shifts_labels:
         labels = labels[..., 1:]
     share = int(labels.ne(-100).sum()) / float(torch.as_tensor(items).float().mean())
-    args = trainer.args
-    ranks = 1 if args.average_tokens_across_devices else args.world_size
-    return batch_size / ranks * share, share
-
-
-def _halves(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """A micro-batch cut in two, None where it is not made of tensors of one length, of at least two samples."""
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    lengths = {value.shape[0] if value.ndim else 0 for value in tensors}
-    if len(lengths) != 1 or len(tensors) < len(inputs) or lengths.pop() < 2:
-        return None
-    cut = _rows(inputs) // 2
-    return {k: v[:cut] for k, v in inputs.items()}, {k: v[cut:] for k, v in inputs.items()}
-
-
-@contextmanager
-def _unchanged(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves weights, buffers, random numbers and gradients as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    steps = trainer.current_gradient_accumulation_steps
-    with torch.random.fork_rng(devices):
-        yield
-    model.zero_grad()
-    trainer.current_gradient_accumulation_steps = steps
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    return batch_size * share, share
