@@ -62,6 +62,7 @@ def trial(gr_t, losses):
 
 
 FALLING = [2.0 - 0.05 * i for i in range(20)]
+LEVEL = [2.0 + 0.1 * (-1) ** i for i in range(20)]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,14 @@ FALLING = [2.0 - 0.05 * i for i in range(20)]
         (20.0, FALLING, None),
         (20.0, [2.0, math.nan], "diverged"),
         (20.0, [2.0 + 0.05 * i for i in range(20)], "diverged"),
-        (1.5, FALLING, "far out"),
+        (1.5, FALLING, None),
+        (1.5, LEVEL, "far out"),
+        (150.0, LEVEL, "far out"),
+        (20.0, LEVEL, None),
+        (20.0, [2.0] * 4 + [loss + 2.0 for loss in FALLING], None),
         (5.0, FALLING, None),
-        (5.0, [loss + 0.5 for loss in FALLING], "behind"),
+        (5.0, [loss + 0.5 for loss in FALLING], None),
+        (5.0, [loss + 0.5 for loss in LEVEL], "behind"),
         (20.0, [loss + 0.5 for loss in FALLING], None),
     ],
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median, variance
 
 from .._validation import require, require_count
 from ..reading import Reading
@@ -33,15 +33,16 @@ class Pruning:
     warm_up   steps before gauges are judged
     patience  readings in a row that must agree
     zone      GR_T of healthy training, with room for noise: a trial inside is never ended for being behind others
-    far       GR_T outside of which a learning rate is hopeless whatever the loss says, being ten times too low or more,
+    far       GR_T outside of which a learning rate is hopeless unless the loss falls, being ten times too low or more,
               or bouncing
     blind     GR_S above which GR_T is not judged
 
     1. diverged    the newest loss is not finite, or after warm-up `patience` losses in a row are above all of
-                 the first `patience`
-    2. far out     `patience` readings in a row are outside `far`, all on one side
-    3. behind      `patience` readings in a row are outside `zone`, and the loss is above the median of other trials' at
-                   equal samples. The loss alone would favour low learning rates: what falls fast at first wins early
+                 the first `patience`, and the loss does not fall
+    2. far out     `patience` readings in a row are outside `far`, all on one side, and the loss does not fall
+    3. behind      `patience` readings in a row are outside `zone`, and the loss does not fall and is above the median
+                   of other trials' at equal samples. The loss alone would favour low learning rates: what falls fast at
+                   first wins early
 
     Raises ValueError for a number out of range.
     """
@@ -75,13 +76,17 @@ class Pruning:
         if len(judged) < self.patience:
             return None
         first = max(p.loss for p in trial[: self.patience])  # a single one may be low by chance
-        if len(trial) >= 2 * self.patience and all(p.loss > first for p in judged):
+        falling = self._falls(trial)
+        if not falling and len(trial) >= 2 * self.patience and all(p.loss > first for p in judged):
             return Evidence("diverged", step, "loss", newest.loss, (-math.inf, first))
         gr_t = [self._gr_t(p.reading) for p in judged]
         known = [value for value in gr_t if value is not None]
         if len(known) < len(gr_t):
             return None
-        if all(value < self.far[0] for value in known) or all(value > self.far[1] for value in known):
+        far_out = all(value < self.far[0] for value in known) or all(value > self.far[1] for value in known)
+        if falling:
+            return None
+        if far_out:
             return Evidence("far out", step, "GR_T", known[-1], self.far)
         low, high = self.zone
         if not (all(value < low for value in known) or all(value > high for value in known)):
@@ -91,12 +96,27 @@ class Pruning:
             return Evidence("behind", step, "loss", newest.loss, (-math.inf, median(rivals)))
         return None
 
+    def _falls(self, trial: Sequence[Progress]) -> bool:
+        """True if the loss falls by more than chance, over the whole trial or over its newest readings."""
+        losses = [p.loss for p in trial]
+        return _fall(losses) or _fall(losses[-2 * self.patience :])
+
     def _gr_t(self, reading: Reading) -> float | None:
         """GR_T as it will be once it has settled; None where it says nothing."""
         blind = reading.gr_s is not None and reading.gr_s > self.blind
         if reading.gr_t is None or reading.settled <= 0.0 or blind:
             return None
         return reading.gr_t / reading.settled
+
+
+def _fall(losses: Sequence[float]) -> bool:
+    """True if the mean of the newer half is lower by more than twice the standard error of the difference."""
+    half = len(losses) // 2
+    if half < 2 or not all(map(math.isfinite, losses)):
+        return False
+    older, newer = losses[:half], losses[-half:]
+    error = math.sqrt((variance(older) + variance(newer)) / half)
+    return fmean(older) - fmean(newer) > 2.0 * error
 
 
 def _loss_at(trial: Sequence[Progress], samples: float) -> float | None:
