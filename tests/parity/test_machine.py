@@ -339,9 +339,8 @@ class Gauged(Machine):
 
     def stepped(self):
         optimizer = self.sides[1].optimizer
-        places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
         # Which parameters train is the optimizer's to say: the frozen ones that it has no state of do not.
-        self.twin.step(optimizer, [(id(p), places[p]) for bucket in self.seen.pop() for p in bucket.params])
+        self.twin.step(optimizer, [id(p) for bucket in self.seen.pop() for p in bucket.params])
         reading = self.gauge.reading()
         assert reading.grad_norm == pytest.approx(self.twin.norm, rel=1e-5, abs=1e-12, nan_ok=True)
         counted["readings"] += 1

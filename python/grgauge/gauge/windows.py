@@ -146,9 +146,10 @@ class Windows:
         sizes = [p.numel() for ps in layout for p in ps]
         known = self.statistics.table
         table = Table([names[id(p)] for ps in layout for p in ps], sizes, known.beta)
-        before = [id(p) for ps in self._layout for p in ps]
-        others = before and before != [id(p) for ps in layout for p in ps]
-        if (table.names, table.sizes) == (known.names, known.sizes) and not others:
+        before, now = ([id(p) for ps in own for p in ps] for own in (self._layout, layout))
+        # A parameter that has moved within its groups has another name, and is the same. A loaded state has names only.
+        if before == now if before else (table.names, table.sizes) == (known.names, known.sizes):
+            known.names = table.names
             if self._rows:
                 self._send(settings, read=False)  # sums of one layout travel together
         else:
