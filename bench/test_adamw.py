@@ -221,7 +221,7 @@ class Training:
         if variant == "torch_clip":
             self.step = self.step_clipped
         # Gradients that are kept: with flat=True they become views of one buffer here.
-        self.optimizer.step()
+        self.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.renew()
 
