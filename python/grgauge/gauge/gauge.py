@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import loss_scale, scaling_attempt
-from ..optim import AdamW, BucketSums, unwrapped
+from ..optim import AdamW, BucketSums, reciprocal, unwrapped
 from ..reading import Reading
 from .halves import _length as _length  # tuning imports them from here
 from .halves import _part as _part
 from .micro_batches import MicroBatches
-from .sources import ClippingSource, FusedSource, OwnSource, Sample, reciprocal, require_readable
+from .sources import ClippingSource, FusedSource, OwnSource, Sample, require_readable
 from .statistics import Statistics
 from .windows import Settings, Windows
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import grgauge_kernels as gk
 
-from ..optim import ALIGN, AdamW, BucketSums, Unclipped, averaged, local
+from ..optim import ALIGN, AdamW, BucketSums, Unclipped, averaged, local, reciprocal
 from .unavailable import Unavailable
 
 OnStep = Callable[[list[BucketSums]], None]
@@ -297,11 +297,6 @@ def names_of(optimizer: torch.optim.Optimizer) -> dict[int, str]:
             strict=True,
         )
     }
-
-
-def reciprocal(scale: Tensor | None) -> Tensor | None:
-    """What gradients under a loss scale are multiplied by. A tensor: asking its value would wait for the device."""
-    return None if scale is None else scale.float().reciprocal()
 
 
 def _zeros(size: int, bucket: SampledBucket) -> Tensor:

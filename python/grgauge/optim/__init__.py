@@ -4,6 +4,6 @@ AdamW      torch.optim.AdamW's semantics, one kernel call for the parameters of 
 """
 
 from .adamw import AdamW, unwrapped
-from .param_bucket import ALIGN, BucketSums, Unclipped, averaged, is_sharded, local
+from .param_bucket import ALIGN, BucketSums, Unclipped, averaged, is_sharded, local, reciprocal
 
-__all__ = ["ALIGN", "AdamW", "BucketSums", "Unclipped", "averaged", "is_sharded", "local", "unwrapped"]
+__all__ = ["ALIGN", "AdamW", "BucketSums", "Unclipped", "averaged", "is_sharded", "local", "reciprocal", "unwrapped"]

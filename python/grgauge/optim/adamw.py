@@ -23,7 +23,7 @@ from .._torch_compat import (
     keep_in_order,
     unwrapped_step,
 )
-from .param_bucket import BucketSums, Gradients, ParamBucket, StatesAs, Unclipped, same, takes
+from .param_bucket import BucketSums, Gradients, ParamBucket, StatesAs, Unclipped, reciprocal, same, takes
 
 ParamGroup = dict[str, Any]
 Observer = Callable[[list[BucketSums]], None]
@@ -236,7 +236,7 @@ class AdamW(torch.optim.AdamW):
 
         What is refused, in whichever bucket, is refused before the first is changed.
         """
-        inv_scale = _reciprocal(getattr(self, "grad_scale", None))
+        inv_scale = reciprocal(getattr(self, "grad_scale", None))
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         both, backend = list(zip(self._buckets, grads, strict=True)), self._backend
         clip: Tensor | None = None
@@ -285,7 +285,7 @@ class AdamW(torch.optim.AdamW):
 
         stats  the sums of each bucket
         """
-        buckets, others = self._buckets, [p.grad for p in self._others_with_grad() if p.grad is not None]
+        buckets, others = self._buckets, self._others_grads()
         if not (buckets or others):
             return None, found_inf
         device = buckets[0].device if buckets else others[0].device
@@ -310,10 +310,10 @@ class AdamW(torch.optim.AdamW):
             found_inf = skip if found_inf is None else torch.maximum(skip, found_inf.to(device).reshape(()))
         return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), found_inf
 
-    def _others_with_grad(self) -> list[Tensor]:
-        """The parameters that torch's own AdamW updates in this step."""
+    def _others_grads(self) -> list[Tensor]:
+        """The gradients of the parameters that torch's own AdamW updates in this step."""
         others = () if self._known is None else self._known.others
-        return [p for _, params in others for p in params if p.grad is not None]
+        return [p.grad for _, params in others for p in params if p.grad is not None]
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
     # A graph ends before such a step and goes on behind it: hooks and closures may do anything, no graph can tell if
@@ -462,10 +462,6 @@ def _over_shards(sums: Tensor, param: Any) -> Tensor:
         if placement.is_shard():
             torch.distributed.all_reduce(sums, group=param.device_mesh.get_group(dim))
     return sums
-
-
-def _reciprocal(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.float().reciprocal()
 
 
 def _observed(stats: list[Tensor], steps: list[Tensor], optimizer: int) -> None:

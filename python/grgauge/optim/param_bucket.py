@@ -405,5 +405,10 @@ def _counts(steps: Iterable[Tensor | float], device: torch.device) -> Tensor:
     return torch.stack(counts)
 
 
+def reciprocal(scale: Tensor | None) -> Tensor | None:
+    """What gradients under a loss scale are multiplied by. A tensor: asking its value would wait for the device."""
+    return None if scale is None else scale.float().reciprocal()
+
+
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
     return value if value is None or value.device == device else value.to(device, non_blocking=True)
