@@ -14,11 +14,12 @@
 extern "C" {
 #endif
 
-/* Grows whenever grgauge_pass changes, so that a binding never fills another library's struct. */
-#define GRGAUGE_ABI 2
+/* Grows with every change below, so that a binding never fills another library's struct. */
+#define GRGAUGE_ABI 3
 
 /* Codes from GRGAUGE_CUDA_ERROR on are CUDA's own, that much higher. */
-enum { GRGAUGE_OK = 0, GRGAUGE_BAD_DTYPE = 1, GRGAUGE_OUT_OF_MEMORY = 2, GRGAUGE_CUDA_ERROR = 1000000 };
+enum { GRGAUGE_OK = 0, GRGAUGE_BAD_DTYPE = 1, GRGAUGE_OUT_OF_MEMORY = 2, GRGAUGE_NO_TENSOR = 3 };
+enum { GRGAUGE_CUDA_ERROR = 1000000 };
 enum { GRGAUGE_F32 = 0, GRGAUGE_BF16 = 1, GRGAUGE_F16 = 2 };
 enum { GRGAUGE_SUMS = 6 }; /* sum g^2, sum m^2, sum |g|, sum delta^2, sum |delta|, count of non-finite g */
 
@@ -77,6 +78,11 @@ GRGAUGE_API const char* grgauge_error(int code);
 GRGAUGE_API int grgauge_cpu_pass(const grgauge_pass* pass, int threads);
 /* The instruction set in use ("avx512", "avx2" or "portable"); choosing a name first switches to it if it can run. */
 GRGAUGE_API const char* grgauge_cpu_isa(const char* choose);
+/* Of `count` Python tensors: addresses, numbers of elements, and kinds, written to out[3 * count] in this order. Two
+ * kinds are equal if dtype, device and strides are; the lower half is 0 where elements are in row-major order. To be
+ * called with the interpreter's lock held; GRGAUGE_NO_TENSOR leaves a Python exception set.
+ *   exchange_api  a DLPackExchangeAPI of version 1, as torch.Tensor.__dlpack_c_exchange_api__ holds it */
+GRGAUGE_API int grgauge_cpu_describe(const void* exchange_api, void* const* objects, int64_t count, uint64_t* out);
 
 /* libgrgauge_cuda. All pointers in the pass point to memory of `device`; the tables of addresses too, and with `flat` a
  * table's place is taken by the one address itself. Enqueues on `stream` and returns at once: the pass may go, what it

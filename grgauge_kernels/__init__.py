@@ -9,6 +9,7 @@ from .bucket import CHUNK, DTYPES, Bucket, Plan, is_dense, require_dense
 from .flat import FlatBuckets, flat_views
 from .ops import PREFERRED_BACKENDS, STATS, adamw_, backends, measure_, prepare_adamw_
 from .sampling import REPLICATES, sampled_ratio, sampled_sums
+from .stream import Stream
 
 __all__ = [
     "CHUNK",
@@ -19,6 +20,7 @@ __all__ = [
     "Bucket",
     "FlatBuckets",
     "Plan",
+    "Stream",
     "adamw_",
     "backends",
     "cpu_isa",

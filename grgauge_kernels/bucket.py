@@ -8,6 +8,7 @@ frozen matrices" are just different plans of one bucket.
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -45,7 +46,7 @@ class Plan:
         seen: bool [segments], True where anything is visited.
         complete: True if everything is visited, so that sums need no scale.
         flat: True if offsets count from one flat buffer.
-        stream_sizes: Elements of each tensor that a kernel is given: one per segment, or the one flat buffer.
+        stream_sizes: uint64, elements of each tensor that a kernel is given: one per segment, or the one flat buffer.
         origins: int64 [segments], where each segment begins in the one flat buffer; None if offsets count from
             segments.
     """
@@ -66,10 +67,9 @@ class Plan:
         self.seen = self.visited > 0
         self.complete = self.numel == bucket.numel
         self.rows = torch.from_numpy(rows).to(bucket.device)
-        self.checked: dict[str, tuple[Tensor, ...]] = {}  # streams that an op has found in order, for `ops`
         places = torch.tensor(self.bucket.offsets, dtype=torch.int64)
         self.origins = places.to(bucket.device) if bucket.flat else None
-        self.stream_sizes = [bucket.whole] if bucket.flat else self.bucket.sizes
+        self.stream_sizes = array("Q", [bucket.whole] if bucket.flat else self.bucket.sizes)
 
     def packed(self, state: Tensor) -> list[Tensor]:
         """Views of `ema` or `previous` that hold the visited elements and leave out the gaps between them."""

@@ -81,6 +81,7 @@ const char* grgauge_error(int code) {
     case GRGAUGE_OK: return "no error";
     case GRGAUGE_BAD_DTYPE: return "gradients and parameters must be float32, bfloat16 or float16, moments float32 or bfloat16";
     case GRGAUGE_OUT_OF_MEMORY: return "out of memory for the chunks' partial sums";
+    case GRGAUGE_NO_TENSOR: return "an object that DLPack cannot describe";
   }
   return "unknown error";
 }

@@ -6,11 +6,11 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 from torch import Tensor
 
+from ..stream import addresses_of
 from . import Update, native
 
 _NO_SUMS = torch.empty((0, 6), dtype=torch.float64)
@@ -52,7 +52,7 @@ def measure_(
 ) -> Tensor:
     stats = torch.empty((segments, 6), dtype=torch.float64)
     task = native.Pass(grads, rows, segments, stats, ema, previous, beta, inv_scale)
-    table = array("Q", map(Tensor.data_ptr, grads))
+    table = addresses_of(grads)
     task.grads = table.buffer_info()[0]
     _run("measure_", task)
     return stats
@@ -62,7 +62,7 @@ def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
     stats = torch.empty((u.segments, 6), dtype=torch.float64) if u.sums else _NO_SUMS
     task = native.Pass(u.grads, u.rows, u.segments, stats if u.sums else None, u.ema, u.previous, u.beta, u.inv_scale)
     task.update(u, u.step, u.lr if u.lr_tensor is None else float(u.lr_tensor))
-    table = array("Q", map(Tensor.data_ptr, chain(u.grads, u.params, u.exp_avgs, u.exp_avg_sqs)))
+    table = addresses_of(u.grads) + addresses_of(u.params) + addresses_of(u.exp_avgs) + addresses_of(u.exp_avg_sqs)
     start, size = table.buffer_info()[0], table.itemsize * len(u.grads)
     task.grads, task.params = start, start + size
     task.exp_avgs, task.exp_avg_sqs = start + 2 * size, start + 3 * size

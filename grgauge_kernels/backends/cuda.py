@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from . import Update, addresses, native
+from ..stream import addresses_of
+from . import Update, native
+from .addresses import on_device
 
 
 @functools.cache
@@ -117,7 +120,7 @@ def _place(task: native.Pass, streams: Sequence[Sequence[Tensor]], device: torch
     if segments <= 1:
         places = [stream[0].data_ptr() if stream else None for stream in streams]
     else:
-        table = addresses.on_device(tuple(t.data_ptr() for stream in streams for t in stream), device)
+        table = on_device(tuple(chain.from_iterable(map(addresses_of, streams))), device)
         task.table = table  # an attribute, not a field: it must live as long as the task
         places = [table.data_ptr() + table.itemsize * segments * i for i in range(len(streams))]
     task.grads = places[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import Update
 
-ABI = 2
+ABI = 3
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

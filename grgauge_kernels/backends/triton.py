@@ -14,11 +14,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..stream import addresses_of
 from . import Update, reference
 from .addresses import on_device
 from .reference import LARGEST
@@ -114,7 +116,7 @@ def _prepared(
     with device:
         # Addresses of loose tensors, segment by segment.
         table = (
-            on_device(tuple(t.data_ptr() for segment in zip(*streams, strict=True) for t in segment), rows.device)
+            on_device(tuple(chain.from_iterable(zip(*map(addresses_of, streams), strict=True))), rows.device)
             if chunks and len(streams[0]) > 1
             else None
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from ..optim import ALIGN, AdamW, BucketSums, Unclipped, averaged, local, recipr
 from .unavailable import Unavailable
 
 OnStep = Callable[[list[BucketSums]], None]
+
+_trained = operator.attrgetter("requires_grad")
 
 
 class FusedSource:
@@ -222,7 +226,8 @@ class Sample:
     @property
     def share(self) -> float:
         """Share of the elements that is looked at, in (0, 1]."""
-        total = sum(p.numel() for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad)
+        params = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
+        total = sum(map(Tensor.numel, compress(params, map(_trained, params))))
         return min(1.0, self._size / max(total, 1))
 
     @torch.no_grad()

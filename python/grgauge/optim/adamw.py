@@ -35,7 +35,7 @@ _compiled: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary
 _numbers = itertools.count()
 
 _grad_of, _params_of = operator.attrgetter("grad"), operator.itemgetter("params")
-_routed_by = operator.itemgetter("amsgrad", "differentiable")
+_routed_by, _kind_of = operator.itemgetter("amsgrad", "differentiable"), operator.attrgetter("dtype", "layout")
 
 
 class _Known(NamedTuple):
@@ -172,7 +172,11 @@ class AdamW(torch.optim.AdamW):
     @property
     def sums_all(self) -> bool:
         """True if the kernels take all parameters, so that observers see each gradient."""
-        return all(is_lazy(p) or takes(group, p) for group in self.param_groups for p in group["params"])
+        return all(
+            takes(group, dtype, layout)
+            for group in self.param_groups
+            for dtype, layout in set(map(_kind_of, group["params"]))
+        )
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Call `observer` with the sums of every step from now on; returns a function that ends it."""
@@ -368,7 +372,7 @@ class AdamW(torch.optim.AdamW):
         for index, (group, p) in zip(indices, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 rounded = isinstance(value, Tensor) and name != "step" and value.dtype == torch.float32 != p.dtype
-                if rounded and takes(group, p):
+                if rounded and takes(group, p.dtype, p.layout):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -407,7 +411,7 @@ class AdamW(torch.optim.AdamW):
             and same(self.state.keys(), known.state[0])
             and same(self.state.values(), known.state[1])
             and not any(map(operator.is_not, map(_grad_of, known.outsiders), itertools.repeat(None)))
-            and not any(takes(group, p) for group, params in known.others for p in params)
+            and not any(takes(group, p.dtype, p.layout) for group, params in known.others for p in params)
             and all(bucket.fits() for bucket in self._buckets)
         )
 
@@ -421,7 +425,7 @@ class AdamW(torch.optim.AdamW):
             for p in group["params"]:
                 if is_lazy(p) or not (p.requires_grad or p.grad is not None or self.state.get(p)):
                     outsiders.append(p)
-                elif takes(group, p):
+                elif takes(group, p.dtype, p.layout):
                     alike.setdefault((p.device, p.dtype), []).append(p)
                 else:
                     rest.append(p)

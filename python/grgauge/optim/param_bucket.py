@@ -68,7 +68,6 @@ PLANS = 16
 Gradients = Sequence[Tensor]
 """Of one bucket, as its kernel call is given them. Nobody keeps them after the step: set to None, they are freed."""
 
-_dtype_of = operator.attrgetter("dtype")
 _moments_of = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
 
@@ -77,10 +76,10 @@ def same(these: Collection[Any], those: Collection[Any]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
-def takes(group: Mapping[str, Any], p: Tensor) -> bool:
-    """True if the kernels can update this parameter; torch's own AdamW does the others."""
+def takes(group: Mapping[str, Any], dtype: torch.dtype, layout: torch.layout) -> bool:
+    """True if the kernels can update such parameters of this group; torch's own AdamW does the others."""
     plain = not (group["amsgrad"] or group["differentiable"])
-    return plain and p.dtype in gk.DTYPES and local(p).layout == torch.strided
+    return plain and dtype in gk.DTYPES and layout == torch.strided
 
 
 class ParamBucket:
@@ -113,10 +112,11 @@ class ParamBucket:
         self.sharded = any(map(is_sharded, params))
         if self.sharded and states_as.flat:
             raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
-        self._held = [local(p) for p in params]
+        self._held = gk.Stream(map(local, params))
         # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
-        self.own = tuple([t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held])
-        self.copied = [(t, own) for t, own in zip(self._held, self.own, strict=True) if t is not own]
+        dense = [t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held]
+        self.copied = [(t, own) for t, own in zip(self._held, dense, strict=True) if t is not own]
+        self.own = gk.Stream(dense) if self.copied else self._held
         self.dtype, self.device = self.own[0].dtype, self.own[0].device
         self.bucket = gk.Bucket(self.own)
         self.rows = self.bucket.plan_rows(align=ALIGN)
@@ -126,12 +126,8 @@ class ParamBucket:
 
         self.steps = _counts([state.get("step", 0.0) for state in self.states], self.device)
         first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
-        self.exp_avgs, self.exp_avg_sqs = tuple(map(local, first)), tuple(map(local, second))
+        self.exp_avgs, self.exp_avg_sqs = gk.Stream(map(local, first)), gk.Stream(map(local, second))
         self._tensors = list(chain.from_iterable(zip(self.steps.unbind(), first, second, strict=True)))
-        self._addresses = self._addresses_now()
-        self._sizes = list(map(Tensor.numel, self._held))
-        self._strides = list(map(Tensor.stride, self._held))
-        self._contiguous = all(map(Tensor.is_contiguous, self._held))
 
     def commit(self, state: dict[Tensor, Any]) -> None:
         """Put moments and step counts into the optimizer's state, for parameters that have one or a gradient now."""
@@ -162,21 +158,8 @@ class ParamBucket:
                 return False
         except KeyError:
             return False
-        if self.sharded:
-            self._held = [local(p) for p in self.params]
-        return (
-            self._addresses_now() == self._addresses
-            and list(map(Tensor.numel, self._held)) == self._sizes
-            and set(map(_dtype_of, self._held)) == {self.dtype}
-            and (
-                all(map(Tensor.is_contiguous, self._held))
-                if self._contiguous
-                else list(map(Tensor.stride, self._held)) == self._strides
-            )
-        )
-
-    def _addresses_now(self) -> list[int]:
-        return list(map(Tensor.data_ptr, chain(self._held, self.exp_avgs, self.exp_avg_sqs)))
+        held = [local(p) for p in self.params] if self.sharded else None
+        return self._held.stands(held) and self.exp_avgs.stands() and self.exp_avg_sqs.stands()
 
     def _moments(self, name: str) -> list[Tensor]:
         """One moment of each parameter: the one that it has, else zeros."""
@@ -218,17 +201,18 @@ class ParamBucket:
         for i in missing:
             present[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
         try:
-            in_order = self._contiguous and all(map(Tensor.is_contiguous, present))
-        except RuntimeError:  # sparse tensors do not answer
+            stream = gk.Stream(present)
+            in_order = self.own.in_order and stream.in_order
+        except RuntimeError:  # sparse tensors have no address
             in_order = False
         if not in_order:
-            present = [_laid_out_like(p, g) for p, g in zip(self.own, present, strict=True)]
+            stream = gk.Stream([_laid_out_like(p, g) for p, g in zip(self.own, present, strict=True)])
         self._leave_out(missing)
         if self.copied:
             with torch.no_grad():
                 for held, own in self.copied:
                     own.copy_(held)
-        return present
+        return stream
 
     def _leave_out(self, missing: tuple[int, ...]) -> None:
         if missing not in self._plans:
@@ -236,7 +220,6 @@ class ParamBucket:
                 self._plans.pop(next(iter(self._plans)))
             # Whatever is missing, the others keep their places in a state.
             plan = gk.Plan(self.bucket, self.rows[~np.isin(self.rows[:, 0], missing)])
-            plan.checked["params"] = self.own  # `fits` does it, at each step
             present = np.ones(len(self.params), dtype=np.float32)
             present[list(missing)] = 0.0
             self._plans[missing] = plan, torch.from_numpy(present).to(self.device)

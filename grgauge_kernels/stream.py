@@ -1,0 +1,109 @@
+"""What an op is given: tensors, one a segment, and all that a kernel must know of them.
+
+An op cannot trust what it is given, and a training step at small sizes is mostly such checks. So they are made in one
+call for all tensors, by way of DLPack's exchange API where torch and the compiled library have it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from .backends import native
+
+
+class Stream(tuple[Tensor, ...]):
+    """Tensors of one device and dtype with what is known of them; an op takes it as it is.
+
+    Whoever passes one to an op vouches that it still is right: `stands` tells.
+
+    Raises RuntimeError for tensors without an address, as sparse ones are.
+
+    Attributes:
+        addresses: uint64 [tensors], of the first elements.
+        sizes: uint64 [tensors], numbers of elements.
+        in_order: True if all are alike in device and dtype, and row-major.
+
+    Examples:
+        >>> import torch
+        >>> stream = Stream([torch.zeros(2, 3), torch.zeros(4)])
+        >>> list(stream.sizes), stream.in_order, stream.stands()
+        ([6, 4], True, True)
+        >>> stream[0].data = torch.zeros(6)
+        >>> stream.stands()
+        False
+    """
+
+    addresses: array[int]
+    sizes: array[int]
+    in_order: bool
+    _objects: array[int]
+    _facts: array[int]
+
+    def __new__(cls, tensors: Iterable[Tensor]) -> Stream:
+        self = super().__new__(cls, tensors)
+        n = len(self)
+        self._objects = array("Q", map(id, self))
+        self._facts = facts = _describe(self, self._objects)
+        self.addresses, self.sizes, kinds = facts[:n], facts[n : 2 * n], facts[2 * n :]
+        self.in_order = not n or (kinds[0] & 0xFFFFFFFF == 0 and kinds == kinds[:1] * n)
+        return self
+
+    def stands(self, tensors: Sequence[Tensor] | None = None) -> bool:
+        """True if the tensors, or others in their place, have the addresses, sizes, dtypes and strides of the first."""
+        if tensors is None:
+            return _describe(self, self._objects) == self._facts
+        return Stream(tensors)._facts == self._facts
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
+    """uint64 [tensors], of the first elements."""
+    return tensors.addresses if isinstance(tensors, Stream) else array("Q", map(Tensor.data_ptr, tensors))
+
+
+def _describe(tensors: Sequence[Tensor], objects: array[int]) -> array[int]:
+    """uint64 [3 tensors]: addresses, numbers of elements, and kinds, whose lower half is 0 for row-major order."""
+    describe = _through_dlpack()
+    if describe is None:
+        return _asked_one_by_one(tensors)
+    try:
+        return describe(objects)
+    except RuntimeError:  # sparse, say, or on a device that DLPack does not know
+        return _asked_one_by_one(tensors)
+
+
+def _asked_one_by_one(tensors: Sequence[Tensor]) -> array[int]:
+    kinds = (
+        (hash((t.dtype, t.device)) & 0xFFFFFFFF) << 32
+        | (0 if t.is_contiguous() else (hash(t.stride()) & 0xFFFFFFFF | 1))
+        for t in tensors
+    )
+    return array("Q", [*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors), *kinds])
+
+
+@functools.cache
+def _through_dlpack() -> Callable[[array[int]], array[int]] | None:
+    """`_describe` by the compiled library, given the tensors' ids; None where it or torch's part of it is missing."""
+    library = native.load("grgauge_cpu", "a C++ compiler")
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if isinstance(library, str) or capsule is None:
+        return None
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    exchange_api = pointer_of(capsule, b"dlpack_exchange_api")
+    if ctypes.c_uint32.from_address(exchange_api).value != 1:  # its major version
+        return None
+    # PyDLL keeps the interpreter's lock and raises what the call has set.
+    function = ctypes.PyDLL(library._name).grgauge_cpu_describe
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+
+    def describe(objects: array[int]) -> array[int]:
+        facts = objects * 3
+        function(exchange_api, objects.buffer_info()[0], len(objects), facts.buffer_info()[0])
+        return facts
+
+    return describe
