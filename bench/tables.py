@@ -24,8 +24,8 @@ LAYOUTS = {
     "GPT-2 124M": "148, GPT-2 124M",
 }
 
-SHORT = {"300", "Llama + LoRA", "ResNet-18", "GPT-2 124M"}
-"""The rows of the short table: many tensors, and lists of parameters that users recognise."""
+SHORT = {"Llama + LoRA", "ResNet-18", "GPT-2 124M"}
+"""The rows of the short table: lists of parameters that users recognise."""
 
 RATIOS = {"plain": "plain", "gauged": "gauged", "by_hand": "by hand"}
 """Variant -> its column, for those that are compared with torch's fused step."""
