@@ -18,13 +18,21 @@ ALIGNMENT = 64
 _grad_of = operator.attrgetter("grad")
 
 
-def flat_views(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def flat_views(tensors: Sequence[Tensor], dtype: torch.dtype, shift: int = 0) -> tuple[Tensor, list[Tensor]]:
     """A flat buffer of zeros with room for `tensors`, of one device, and a view of it shaped and laid out like each.
 
     A tensor with gaps between its elements gets a contiguous view.
+
+    Large buffers begin at the same place of a page. Processors tell addresses in flight apart by that place, so a store
+    to one buffer holds up a load from the next: buffers that are walked together should have different shifts.
+
+    Args:
+        tensors: What the views are like.
+        dtype: Of the buffer.
+        shift: Elements left free at the beginning, a multiple of ALIGNMENT.
     """
     room = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in tensors]
-    *starts, extent = accumulate(room, initial=0)
+    *starts, extent = accumulate(room, initial=shift)
     buffer = torch.zeros(extent, dtype=dtype, device=tensors[0].device if tensors else None)
     views = []
     for t, start in zip(tensors, starts, strict=True):

@@ -62,6 +62,9 @@ class StatesAs(NamedTuple):
 ALIGN = 8
 """Elements: 32 bytes of a gauge's own states."""
 
+SHIFTS = {"exp_avg": 256, "exp_avg_sq": 512}
+"""Elements by which flat moments are out of step with flat gradients and each other: 9 % of a step at 1 M."""
+
 PLANS = 16
 """Plans kept, one for each set of parameters without a gradient: experts and heads take turns."""
 
@@ -167,7 +170,7 @@ class ParamBucket:
         missing = [i for i, moment in enumerate(found) if moment is None]
         dtype = self._states_as.dtype
         if self._states_as.flat:
-            new = iter(gk.flat_views([self.own[i] for i in missing], dtype)[1])
+            new = iter(gk.flat_views([self.own[i] for i in missing], dtype, shift=SHIFTS[name])[1])
         else:
             new = (torch.zeros_like(self._like(i), dtype=dtype, requires_grad=False) for i in missing)
         return [next(new) if moment is None else self._usable(i, name, moment) for i, moment in enumerate(found)]
