@@ -189,9 +189,9 @@ class Table:
     @property
     def uneven_grad_sq(self) -> float | None:
         """V, bias-corrected, where some segments have had gradients at other steps than others; None where none has."""
-        self._settle()
         if not self._uneven:
             return None
+        self._settle()
         return float(_corrected(self.grad_sq, self.steps, self.beta).sum())
 
     def moment(self, rows: Rows, i: int, ages: Ages) -> float:
