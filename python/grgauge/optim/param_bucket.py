@@ -115,11 +115,10 @@ class ParamBucket:
         self.sharded = any(map(is_sharded, params))
         if self.sharded and states_as.flat:
             raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
-        self._held = gk.Stream(map(local, params))
+        held = [local(p) for p in params]
         # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
-        dense = [t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held]
-        self.copied = [(t, own) for t, own in zip(self._held, dense, strict=True) if t is not own]
-        self.own = gk.Stream(dense) if self.copied else self._held
+        self.own = gk.Stream(t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in held)
+        self.copied = [(t, own) for t, own in zip(held, self.own, strict=True) if t is not own]
         self.dtype, self.device = self.own[0].dtype, self.own[0].device
         self.bucket = gk.Bucket(self.own)
         self.rows = self.bucket.plan_rows(align=ALIGN)
@@ -130,6 +129,7 @@ class ParamBucket:
         self.steps = _counts([state.get("step", 0.0) for state in self.states], self.device)
         first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
         self.exp_avgs, self.exp_avg_sqs = gk.Stream(map(local, first)), gk.Stream(map(local, second))
+        self._all = gk.Stream([*held, *self.exp_avgs, *self.exp_avg_sqs])
         self._tensors = list(chain.from_iterable(zip(self.steps.unbind(), first, second, strict=True)))
 
     def commit(self, state: dict[Tensor, Any]) -> None:
@@ -161,8 +161,8 @@ class ParamBucket:
                 return False
         except KeyError:
             return False
-        held = [local(p) for p in self.params] if self.sharded else None
-        return self._held.stands(held) and self.exp_avgs.stands() and self.exp_avg_sqs.stands()
+        now = [*map(local, self.params), *self.exp_avgs, *self.exp_avg_sqs] if self.sharded else None
+        return self._all.stands(now)
 
     def _moments(self, name: str) -> list[Tensor]:
         """One moment of each parameter: the one that it has, else zeros."""
