@@ -502,7 +502,8 @@ def test_hooks_run_once_and_the_profiler_sees_the_step():
         hook.remove()
     advance(optimizer, params, 1, start=1)
     assert len(called) == 4
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:  # without, torch 2.11 warns
         advance(optimizer, params, 1, start=2)
     assert "Optimizer.step#AdamW.step" in {event.name for event in profile.events()}
 

@@ -254,7 +254,7 @@ class AdamW(torch.optim.AdamW):
             stats = [bucket.measure(own, inv_scale, backend) for bucket, own in both]
         if self.max_grad_norm is not None:
             clip, found_inf = self._clip(self.max_grad_norm, stats, inv_scale, found_inf)
-        sums = bool(self._observers)
+        sums = len(self._observers) > 0  # bool() of a list is more than torch 2.11's compiler can trace
         updates = [bucket.prepare(own, inv_scale, found_inf, clip, sums, backend) for bucket, own in both]
         seen = [bucket.step(*update) for bucket, update in zip(self._buckets, updates, strict=True)]
         if self._known is not None and self._known.others:
