@@ -128,9 +128,10 @@ def kept_blocks(
     largest = ascending[cost <= whole_share * sample].max(initial=WHOLE // BLOCK * block)
     whole = numel <= largest
     left, others = max(0, sample - int(numel[whole].sum())), int(numel[~whole].sum())
-    share = min(1.0, left / others) if others else 1.0
-    kept = np.maximum(np.rint(share * blocks).astype(np.int64), fewest)
-    return np.where(whole, blocks, np.minimum(kept, blocks))
+    if others <= left:
+        return blocks
+    kept = np.rint(left / others * numel / block).astype(np.int64)  # of elements: a segment's last block may be short
+    return np.where(whole, blocks, np.clip(kept, fewest, blocks))
 
 
 def chosen_blocks(seed: int, segment: int, blocks: int, kept: int) -> Ints:
