@@ -460,7 +460,9 @@ def _check_layout(streams: dict[str, Sequence[Tensor]]) -> None:
         for i, (t, grad) in enumerate(zip(tensors, streams["grads"], strict=True)):
             require_dense(t, f"{name}[{i}]")
             if t.stride() != grad.stride() and not (t.is_contiguous() and grad.is_contiguous()):
-                raise ValueError(f"{name}[{i}] has strides {t.stride()}, grads[{i}] {grad.stride()}; must be alike")
+                raise ValueError(
+                    f"{name}[{i}] has strides {t.stride()}, grads[{i}] {grad.stride()}; they must be equal"
+                )
 
 
 def _check_states(plan: Plan, ema: Tensor | None, previous: Tensor | None, beta: float) -> None:
