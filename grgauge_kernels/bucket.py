@@ -48,7 +48,8 @@ class Plan:
         flat: True if offsets count from one flat buffer.
         stream_sizes: uint64, elements of each tensor that a kernel is given: one per segment, or the one flat buffer.
         origins: int64 [segments], where each segment begins in the one flat buffer; None if offsets count from
-            segments.
+            segments. Random bits are drawn by offset less origin; of a segment that is a shard, minus the number of
+            elements before it gives each shard bits of its own.
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64], choice: Choice | None = None) -> None:

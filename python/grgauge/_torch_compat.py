@@ -101,3 +101,11 @@ def fsdp_param_groups(module: Any) -> list[Any]:
 def flattened_group(mesh: Any) -> Any:
     """The process group of all ranks of a mesh of several dimensions."""
     return mesh._flatten().get_group()
+
+
+def local_shape_and_offset(shape: Any, mesh: Any, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What part of a tensor of this shape a rank of the mesh holds: its shape, and where it begins."""
+    module = "torch.distributed.tensor._utils"
+    find = _private(module, "compute_local_shape_and_global_offset", "to number the elements of a shard")
+    found: tuple[tuple[int, ...], tuple[int, ...]] = find(shape, mesh, placements)
+    return found

@@ -6,6 +6,7 @@ made again.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 import grgauge_kernels as gk
+
+from .._torch_compat import local_shape_and_offset
 
 
 @dataclass
@@ -223,6 +226,10 @@ class ParamBucket:
                 self._plans.pop(next(iter(self._plans)))
             # Whichever gradients are missing, the others keep their places in a state.
             plan = gk.Plan(self.bucket, self.rows[~np.isin(self.rows[:, 0], missing)])
+            if self.sharded:
+                # Elements are numbered as in the whole tensors, lest all ranks round theirs by the same random bits.
+                begins = [-elements_before(p) for p in self.params]
+                plan.origins = torch.tensor(begins, dtype=torch.int64, device=self.device)
             present = np.ones(len(self.params), dtype=np.float32)
             present[list(missing)] = 0.0
             self._plans[missing] = plan, torch.from_numpy(present).to(self.device)
@@ -374,6 +381,15 @@ def local(t: Tensor) -> Tensor:
         return t
     with torch.no_grad():  # otherwise autograd records it
         return t.to_local()  # type: ignore[attr-defined]
+
+
+def elements_before(t: Any) -> int:
+    """Elements of a DTensor in the shards before this rank's; as many on all ranks that hold the same shard.
+
+    Sharded along its first dimension, as FSDP2 does it, that is where the shard begins in the whole tensor.
+    """
+    shape, offset = local_shape_and_offset(t.shape, t.device_mesh, t.placements)
+    return sum(n * math.prod(shape[:d]) * math.prod(t.shape[d + 1 :]) for d, n in enumerate(offset))
 
 
 def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
