@@ -1,4 +1,4 @@
-"""Prints what the static tests have read off the compiled kernels, behind their results."""
+"""Prints what the static tests have read off the compiled kernels, after their results."""
 
 from __future__ import annotations
 
