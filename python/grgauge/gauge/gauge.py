@@ -107,7 +107,7 @@ class Gauge:
         self._captured: list[BucketSums] = []
         self._removed = False
         self._sample, self._seed = Sample(optimizer, sample, seed), seed
-        self._micro = MicroBatches(self._sample, lambda: not _capturing() and self._due(), self._inv_scale)
+        self._micro = MicroBatches(self._sample, lambda: self._due() and not _capturing(), self._inv_scale)
         self._windows = Windows(
             optimizer,
             Statistics(beta),
