@@ -130,9 +130,9 @@ class Run:
     def summary(self) -> Reading | None:
         """The reading of the window around step 50 that advice rests on, each quantity the median there.
 
-        For a run that has not reached the window, of the newest five. Later GR_T keeps climbing at a constant rate, from
-        2 to 5 and from 20 to 25 by step 160 here, while a network killed by far too high a rate drifts towards the zone.
-        Readings of one run scatter by 15 % within the window, hence the median of its five.
+        For a run that has not reached the window, of the newest five. Later GR_T keeps climbing at a constant rate,
+        from 2 to 5 and from 20 to 25 by step 160 here, while a network killed by far too high a rate drifts towards
+        the zone. Readings of one run scatter by 15 % within the window, hence the median of its five.
         """
         first, last = WINDOW
         window = [reading for reading in self.readings if first <= reading.step <= last] or self.readings[-5:]
