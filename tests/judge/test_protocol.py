@@ -131,6 +131,13 @@ def test_equal_tuners_are_undecided():
     assert compared(tuner(0, 1.0), tuner(1, 1.0)).verdict == "undecided"
 
 
+def test_too_few_starts_decide_nothing():
+    own, other = ({"p": [cost] * 4, "q": [cost] * 20} for cost in (1.0, 3.0))
+    assert compared(own, other).high < 1.0
+    assert compared(own, other).verdict == "undecided"
+    assert compared({"p": [1.0] * 5}, {"p": [3.0] * 5}).verdict == "cheaper"
+
+
 def test_missing_is_worse_than_any_cost():
     missing = {family: [math.inf] * 20 for family in ("p", "q", "r")}
     assert compared(missing, tuner(0, 1000.0)).verdict == "dearer"

@@ -1,0 +1,195 @@
+"""What rows come to, in words: tables, and of each picture what holds and what does not. No more is claimed than
+intervals carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import families
+import numpy as np
+import pandas as pd
+
+from .evidence import STATIC
+from .live import LIMIT
+from .opponents import REPLAYED
+from .protocol import FEWEST, Costs, compared, score, winner
+from .summaries import (
+    costs_of,
+    curvature,
+    exponent,
+    gauges,
+    in_zone,
+    lemma1,
+    lemma2,
+    noise_scale,
+    top,
+    within,
+)
+
+OURS = "GR-Gauge"
+
+
+def against(tuner: str, tuners: dict[str, Costs], judged: bool = True) -> tuple[str, str]:
+    """GR-Gauge against a tuner, on the families that both were run on: the verdict, and the cell of a table. What
+    searches is compared from blind starts, what has a default from the default."""
+    own, ours = tuners[tuner], tuners.get(f"{OURS}, blind starts" if tuner in REPLAYED else OURS, {})
+    shared = sorted(set(own) & set(ours))
+    if tuner.startswith(OURS) or tuner == STATIC or not shared:
+        return "", "–"
+    for who, costs in ((tuner, own), (OURS, ours)):
+        for family in shared:
+            met = sum(map(math.isfinite, costs[family]))
+            if 2 * met <= len(costs[family]):
+                return "no ratio", f"no ratio: {who} met it in {met} of {len(costs[family])} on {family}"
+    both = compared({f: ours[f] for f in shared}, {f: own[f] for f in shared})
+    cell = f"{both.value:.2f} ({both.low:.2f} to {both.high:.2f})" + f": {both.verdict}" * judged
+    return both.verdict, cell + f", {both.starts} starts" * (both.starts < FEWEST) + f" ({', '.join(shared)})"
+
+
+def costs_table(rows: pd.DataFrame, weights: str, target: str, quantity: str = "samples") -> list[str]:
+    """Median costs, and what intervals say of GR-Gauge against each other tuner."""
+    tuners = costs_of(rows, weights, target, quantity)
+    names = sorted(rows["family"].unique())
+    head = " | ".join(
+        (
+            f"{quantity}, {weights} weights, target: {target}",
+            *names,
+            "met",
+            f"within {LIMIT:g} runs",
+            "GR-Gauge against it",
+        )
+    )
+    lines = [f"| {head} |", "|---" * (len(names) + 4) + "|"]
+    chosen = rows[(rows["weights"] == weights) & (rows["target"] == target)]
+    runs = chosen["family"].map(lambda name: families.kind(name).samples)
+    soon = (chosen["reached"] & (chosen["samples"] <= LIMIT * runs)).groupby(chosen["tuner"]).sum()
+    for tuner, own in sorted(tuners.items()):
+        cells = [f"{np.median(own[name]):.2f}" if name in own else "–" for name in names]
+        values = [value for part in own.values() for value in part]
+        met = f"{sum(map(math.isfinite, values))} of {len(values)}"
+        words = against(tuner, tuners, judged=quantity == "samples")[1]
+        lines.append(f"| {' | '.join((tuner, *cells, met, str(soon[tuner]), words))} |")
+    if len(names) < len(families.NAMES):
+        judged = f"{len(names)} of {len(families.NAMES)} families: too few to name a winner."
+    else:
+        complete = {tuner: own for tuner, own in tuners.items() if tuner != STATIC and set(own) == set(names)}
+        judged = f"By intervals against every other tuner the winner is: {winner(complete) or 'none'}."
+    return [*lines, "", judged, ""]
+
+
+def zones(table: dict[str, pd.DataFrame]) -> list[str]:
+    """How many of the best tenth have gauges in the published zone, against how many of all have."""
+    lines = [
+        "| family | cells in the zone | of all cells | of the best tenth | exponent of GR_T in LR | of GR_S in batch |"
+    ]
+    lines.append("|---" * 6 + "|")
+    for name, rows in table.items():
+        seen = gauges(rows)
+        inside, best = in_zone(seen), top(seen, families.kind(name).higher)
+        cells = (f"{power:.2f}" for power in powers(seen))
+        lines.append(
+            f"| {name} | {inside.sum()} of {len(seen)} | {inside.mean():.0%} | {inside[best].mean():.0%} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return [*lines, ""]
+
+
+def listed(words: Sequence[str]) -> str:
+    return ", ".join(words) if words else "none"
+
+
+def of_costs(rows: pd.DataFrame, weights: str) -> tuple[str, str]:
+    """What holds of costs until the strict target, and what does not."""
+    tuners = costs_of(rows, weights, "best", "samples")
+    verdicts: dict[str, list[str]] = {}
+    for tuner in sorted(tuners):
+        verdicts.setdefault(against(tuner, tuners)[0], []).append(tuner)
+    where = listed(sorted({family for name, own in tuners.items() if name.startswith(OURS) for family in own}))
+    return (
+        f"On the families that GR-Gauge was run on ({where}), it needs fewer samples than: "
+        f"{listed(verdicts.get('cheaper', []))}.",
+        f"It needs more than: {listed(verdicts.get('dearer', []))}; undecided are "
+        f"{listed(verdicts.get('undecided', []))}, and there is no ratio to {listed(verdicts.get('no ratio', []))}.",
+    )
+
+
+def of_seconds(rows: pd.DataFrame) -> tuple[str, str]:
+    tuners = costs_of(rows, "raw", "best", "seconds")
+    ours = {name: own for name, own in tuners.items() if name.startswith(OURS)}
+    medians = (f"{name} {np.median(v):.2g} on {family}" for name, own in ours.items() for family, v in own.items())
+    return (
+        f"In static runs' seconds: {'; '.join(medians)}.",
+        "Rows were recorded on a busy machine, at different times: no tuner is faster than another by them.",
+    )
+
+
+def of_profiles(merged: dict[str, dict[str, float]]) -> tuple[str, str]:
+    scores = score(merged)
+    order = sorted(scores, key=lambda name: -scores[name])
+    problems = len(next(iter(merged.values())))
+    ours = [name for name in order if name.startswith(OURS)]
+    return (
+        f"Of {len(order)} tuners that were run on every family, {order[0]} has the largest integral "
+        f"({scores[order[0]]:.2f}), {order[-1]} the least ({scores[order[-1]]:.2f}), over {problems} problems.",
+        "Profiles have no intervals, and raw and averaged weights of a family are not independent problems; "
+        + (f"{listed(ours)} was." if ours else "GR-Gauge was not run on every family, and is not in it."),
+    )
+
+
+def of_regret(rows: pd.DataFrame, budget: float = 4.0) -> tuple[str, str]:
+    chosen = rows[(rows["weights"] == "raw") & (rows["budget"] == budget) & rows["tuner"].isin(REPLAYED)]
+    medians = chosen.groupby("tuner")["regret"].median().sort_values()
+    return (
+        f"Of what is replayed, {medians.index[0]} is nearest to the table's best after {budget:g} static runs (median "
+        f"regret {medians.iloc[0]:.3f}) and {medians.index[-1]} farthest ({medians.iloc[-1]:.3f}).",
+        "Live tuners stop once they arrive, so their lines go on at what they had then and are no bound on what they "
+        "would find; medians are shown without intervals.",
+    )
+
+
+def powers(seen: pd.DataFrame) -> tuple[float, float]:
+    """Exponents of GR_T in the learning rate and of GR_S in the batch: medians over the other of the two."""
+    first, second = (
+        float(np.nanmedian([exponent(part[x], part[gauge]) for _, part in seen.groupby(line)]))
+        for gauge, x, line in (("gr_t", "lr", "batch"), ("gr_s", "batch", "lr"))
+    )
+    return first, second
+
+
+def of_gauges(table: dict[str, pd.DataFrame]) -> tuple[str, str]:
+    signs, lemmas = [], []
+    for name, rows in table.items():
+        seen = gauges(rows)
+        temporal, spatial = powers(seen)
+        signs.append(f"{name} {temporal:.2f} and {spatial:.2f}")
+        near2, of2 = within(lemma2(seen["batch"], noise_scale(seen)), seen["gr_s"])
+        near1, of1 = within(lemma1(seen, curvature(seen)), seen["gr_t"])
+        lemmas.append(f"{name} {near1} of {of1} and {near2} of {of2}")
+    return (
+        f"GR_T rises with the learning rate and GR_S falls with the batch where exponents are above and below 0: "
+        f"{'; '.join(signs)}. The published steps would be exact at 3 and -1.",
+        "Dashed lines are Lemma 1, with one fitted curvature a family and where the noise scale is at most the batch, "
+        f"and Lemma 2, with one noise scale a family; within a factor of 1.5 of them are: {'; '.join(lemmas)}.",
+    )
+
+
+def of_maps(table: dict[str, pd.DataFrame]) -> tuple[str, str]:
+    shares, away = [], []
+    for name, rows in table.items():
+        seen = gauges(rows)
+        inside, best = in_zone(seen), top(seen, families.kind(name).higher)
+        shares.append(
+            f"{name} {int((inside & best).sum())} of {int(best.sum())}, by chance {inside.mean() * best.sum():.1f}"
+        )
+        low, high = seen["gr_t"][best].min(), seen["gr_t"][best].max()
+        away.append(
+            f"{name} {low:.3g} to {high:.3g} at GR_S {seen['gr_s'][best].min():.2g} to {seen['gr_s'][best].max():.2g}"
+        )
+    return (
+        f"The best tenth of the configurations reads GR_T near step 50 at {'; '.join(away)}.",
+        f"Of it lie in the published zone: {'; '.join(shares)}. Lines of Lemma 1 (GR_T = 20) and Lemma 2 (GR_S = 0.58) "
+        "at the family's noise scale and fitted curvature are drawn beside the measured contours of the same values; "
+        "where a contour is missing, the value was not measured anywhere.",
+    )
