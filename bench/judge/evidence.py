@@ -106,7 +106,7 @@ Job = tuple[str, str, str, Callable[[], dict[bool, Curve]]]
 
 
 def jobs(
-    problems: dict[str, Problem], chosen: list[str], seeds: int, blind: int, device: torch.device
+    problems: dict[str, Problem], chosen: list[str], starts: int, seeds: int, blind: int, device: torch.device
 ) -> Iterator[Job]:
     """Everything that is to be measured, what is replayed first."""
     fixed = {}
@@ -123,7 +123,7 @@ def jobs(
                 tuner = static(fixed[name])
                 yield name, CALIBRATED, f"seed {seed}", lambda t=tuner, p=problem, s=seed: both(t, p, s)
         for label, tuner in REPLAYED.items():
-            for seed in range(STARTS):
+            for seed in range(starts):
                 start = f"blind {seed}" if "CFO" in label else f"seed {seed}"
                 yield name, label, start, lambda t=tuner, p=problem, s=seed: both(t, p, s)
     for name in chosen if seeds or blind else ():
@@ -196,6 +196,7 @@ def done() -> set[tuple[str, str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="family", help="of those in the table (default: all)")
+    parser.add_argument("--starts", type=int, default=STARTS, help=f"of each replayed tuner (default: {STARTS})")
     parser.add_argument(
         "--live", type=int, default=0, metavar="SEEDS", help="train with live tuners, so many seeds each"
     )
@@ -215,7 +216,9 @@ def main() -> int:
     known = done()
     todo = [
         job
-        for job in jobs(problems, options.families or list(problems), options.live, options.blind, device)
+        for job in jobs(
+            problems, options.families or list(problems), options.starts, options.live, options.blind, device
+        )
         if job[:3] not in known and (options.tuner is None or job[1] in options.tuner)
     ]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -128,6 +128,7 @@ def pbt(family: Family, seed: int, goals: dict[bool, float]) -> Looks:
                     metric="loss",
                     mode="min",
                     num_samples=MEMBERS,
+                    reuse_actors=True,
                     scheduler=scheduler,
                     search_alg=BasicVariantGenerator(random_state=seed),
                 ),

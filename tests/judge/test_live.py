@@ -110,6 +110,7 @@ def test_a_range_test_at_the_largest_batch_may_spend_the_limit(line):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray leaves sockets open
 def test_a_population_is_charged_for_all_members(line):
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules["line"])
@@ -121,7 +122,8 @@ def test_a_population_is_charged_for_all_members(line):
     assert live.LIMIT * line.samples <= samples[-1] <= live.LIMIT * line.samples + 1024
     assert (np.diff(samples) >= line.samples / 20 + FORWARD * len(line.held_out)).all()
     assert len(samples) >= MEMBERS
-    assert np.nanmin(looks.curves()[False].values) < 1.0
+    values = looks.curves()[False].values
+    assert np.nanmin(values) < 0.8 * values[0]
 
 
 def test_a_family_on_a_device_trains_as_it_does_by_itself(line):
