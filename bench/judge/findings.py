@@ -13,7 +13,7 @@ import pandas as pd
 from .evidence import STATIC
 from .live import LIMIT
 from .opponents import REPLAYED
-from .protocol import FEWEST, Costs, compared, score, winner
+from .protocol import FEWEST, Costs, compared, paired, score, winner
 from .summaries import (
     costs_of,
     curvature,
@@ -193,3 +193,54 @@ def of_maps(table: dict[str, pd.DataFrame]) -> tuple[str, str]:
         "at the family's noise scale and fitted curvature are drawn beside the measured contours of the same values; "
         "where a contour is missing, the value was not measured anywhere.",
     )
+
+
+VARIANTS = {
+    "GR-Gauge, no-R": "without state reuse: fresh weights at each configuration",
+    "GR-Gauge, no-RS": "without reuse and guided search: configurations by chance",
+    "GR-Gauge, no-RT": "without reuse and early stopping: whole runs",
+    "GR-Gauge, paper, blind starts": "the published rules, `Policy.paper`",
+}
+
+
+def ablations(rows: pd.DataFrame) -> list[str]:
+    """GR-Gauge from blind starts beside what is left of it, on the starts that both were run from."""
+    full = rows[rows["tuner"] == f"{OURS}, blind starts"]
+    lines = [
+        "Samples until a target in units of the best static run's, raw weights; in brackets how many of the starts met "
+        "it within 4 static runs. Only starts that both were run from. What runs without reuse is made of what the "
+        "library has for trials apart, `suggest` and `Pruning`.",
+        "",
+        "| family | left out | target | starts | all of GR-Gauge | what is left |",
+        "|---" * 6 + "|",
+    ]
+    keys = ["family", "weights", "target", "start"]
+    for tuner, words in VARIANTS.items():
+        both = full.merge(rows[rows["tuner"] == tuner], on=keys, suffixes=("", "_left"))
+        for (family, target), part in both[both["weights"] == "raw"].groupby(["family", "target"]):
+            cells = []
+            for end in ("", "_left"):
+                met = part[f"reached{end}"]
+                costs = (part[f"samples{end}"] / part[f"unit_samples{end}"]).where(met, math.inf)
+                cells.append(f"{costs.median():.2f} ({met.sum()})")
+            lines.append(f"| {family} | {words} | {target} | {len(part)} | {' | '.join(cells)} |")
+    few = "Fewer than five starts decide nothing; the counts say what was seen."
+    return [*lines, "", few, ""] if len(lines) > 4 else ["Not measured yet.", ""]
+
+
+def reuse(rows: pd.DataFrame) -> list[str]:
+    """The metric with state reuse less that from scratch, of pairs."""
+    lines = [
+        "`tune` spends two static runs from a blind start; fresh weights then train at the configuration that it ended "
+        "at, on as many samples as its own weights had. Differences of the metric are reused less from scratch, "
+        "the mean of pairs with a 90 % bootstrap interval.",
+        "",
+        "| family | metric | pairs | reused, median | from scratch, median | difference |",
+        "|---" * 6 + "|",
+    ]
+    for family, part in rows.groupby("family"):
+        mean, low, high = paired((part["reused"] - part["from_scratch"]).tolist())
+        medians = " | ".join(f"{part[name].median():.3f}" for name in ("reused", "from_scratch"))
+        words = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" + ": too few pairs" * (len(part) < FEWEST)
+        lines.append(f"| {family} | {families.kind(str(family)).metric} | {len(part)} | {medians} | {words} |")
+    return [*lines, ""]

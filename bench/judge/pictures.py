@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from . import findings
 from .evidence import BUDGETS, COSTS, REGRET, STATIC
 from .protocol import TAU, profile, score
+from .reuse import REUSE
 from .summaries import (
     HEALTH,
     costs_of,
@@ -52,7 +53,7 @@ def reactions(table: dict[str, pd.DataFrame]) -> Figure:
         ):
             exponents = []
             for key, part in seen.sort_values(x).groupby(line):
-                (drawn,) = axis.plot(part[x], part[gauge], ".-", lw=0.8, label=f"{key:.2g}")
+                (drawn,) = axis.plot(part[x], part[gauge], ".-", lw=0.8, label=f"{key:.3g}")
                 if gauge == "gr_t":
                     axis.plot(part[x], part["lemma"], "--", lw=0.8, color=drawn.get_color())
                 exponents.append(exponent(part[x], part[gauge]))
@@ -240,6 +241,9 @@ def main() -> int:
         lines += [f"## {title}", "", f"![{title}]({name}.svg)", ""]
         lines += [f"*What holds.* {holds}", "", f"*What does not.* {not_so}", ""]
     lines += ["## Gauges and good configurations", "", *findings.zones(table)]
+    lines += ["## What each of the three actions is worth", "", *findings.ablations(costs)]
+    if REUSE.exists():
+        lines += ["## What state reuse costs in the end", "", *findings.reuse(pd.read_csv(REUSE))]
     (out / "costs.md").write_text("\n".join(lines), encoding="utf-8")
     print(f"{out / 'costs.md'} and {len(figures)} pictures")
     return 0

@@ -195,6 +195,16 @@ def compared(own: Costs, other: Costs, seed: int = 0, draws: int = DRAWS) -> Rat
     return Ratio(*(float(np.exp(x)) for x in (value, low, high)), starts)
 
 
+def paired(differences: Sequence[float], seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
+    """The mean of differences between two that share a start, and its bootstrap interval. ValueError for none."""
+    if not len(differences):
+        raise ValueError("differences is empty; one pair at least is needed")
+    values = np.asarray(differences, float)
+    means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
+    tail = (1.0 - LEVEL) / 2.0
+    return float(values.mean()), *(float(q) for q in np.quantile(means, (tail, 1.0 - tail)))
+
+
 def _log(own: float, other: float) -> float:
     quotient = ratio(float(own), float(other))
     return math.log(quotient) if quotient > 0.0 else -math.inf

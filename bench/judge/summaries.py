@@ -44,15 +44,17 @@ def lemma2(batches: Iterable[float], mu: float) -> list[float]:
     return [theory.expected_gr_s(float(batch), mu) for batch in batches]
 
 
-def lemma1(seen: pd.DataFrame, curvature: float) -> pd.Series:
-    """GR_T by Lemma 1 at that curvature and each configuration's own noise scale, up to where its mean squares stay
-    positive. Not a number where the noise scale exceeds the batch: Lemma 1 is not for there."""
+def lemma1(seen: pd.DataFrame, curvature: float, held: bool = False) -> pd.Series:
+    """GR_T by Lemma 1 at that curvature and each configuration's own noise scale. Not a number where Lemma 1 is not
+    for: noise scales above the batch, and learning rates at which its mean squares turn negative. `held`: these read as
+    the highest one that it is for."""
 
     def of(row: pd.Series) -> float:
-        noise = float(row["noise_scale"]) / float(row["batch"])
-        if not 0.0 <= noise <= 1.0:
+        noise, x = float(row["noise_scale"]) / float(row["batch"]), curvature * float(row["lr"])
+        highest = 0.5 * (1.0 + noise)
+        if not 0.0 <= noise <= 1.0 or (x > highest and not held):
             return math.nan
-        return theory.expected_gr_t(min(curvature * float(row["lr"]), 0.5 * (1.0 + noise)), noise)
+        return theory.expected_gr_t(min(x, highest), noise)
 
     return seen.apply(of, axis=1)
 
@@ -61,9 +63,9 @@ def curvature(seen: pd.DataFrame) -> float:
     """Of Lemma 1, one for a family: the least mean square of log GR_T. Not a number for fewer than three readings."""
 
     def error(value: float) -> float:
-        return float((np.log(lemma1(seen, value)) - np.log(seen["gr_t"])).pow(2).mean())
+        return float((np.log(lemma1(seen, value, held=True)) - np.log(seen["gr_t"])).pow(2).mean())
 
-    if (lemma1(seen, 1.0).notna() & seen["gr_t"].notna()).sum() < 3:
+    if (lemma1(seen, 0.0).notna() & seen["gr_t"].notna()).sum() < 3:
         return math.nan
     return float(min(np.geomspace(1e-3, 1e6, 181), key=error))
 

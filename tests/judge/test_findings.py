@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from judge.findings import against, costs_table, of_costs
+from judge.findings import ablations, against, costs_table, of_costs, reuse
 from judge.summaries import curvature, lemma1, lemma2, noise_scale, within
 
 from grgauge import theory
@@ -81,3 +81,17 @@ def test_lemmas_are_recovered_from_what_they_predict():
     assert within(lemma2(plane["batch"], noise_scale(plane)), plane["gr_s"]) == (21, 21)
     assert within(lemma2(plane["batch"], 600.0), plane["gr_s"])[0] < 21
     assert lemma1(plane.assign(noise_scale=1000.0), 3.0).isna().all()
+
+
+def test_ablations_are_compared_on_the_starts_that_both_were_run_from():
+    every = rows(**{"GR_Gauge, blind starts": [1, 2, math.inf], "GR_Gauge, no_R": [3, math.inf, math.inf]})
+    every["start"] = ["blind 0", "blind 1", "blind 2", "blind 0", "blind 1", "blind 7"]
+    lines = ablations(every)
+    row = next(line for line in lines if "without state reuse:" in line)
+    assert row.endswith("| best | 2 | 1.50 (2) | inf (1) |")
+    assert ablations(every.head(3)) == ["Not measured yet.", ""]
+
+
+def test_pairs_of_reuse_are_reported_with_their_number():
+    pairs = pd.DataFrame({"family": "images", "reused": [0.9, 0.91], "from_scratch": [0.92, 0.93]})
+    assert any("| 2 | 0.905 | 0.925 | -0.020 (-0.020 to -0.020): too few pairs |" in line for line in reuse(pairs))

@@ -11,6 +11,7 @@ from judge.protocol import (
     compared,
     cost,
     medians,
+    paired,
     profile,
     ratio,
     regret,
@@ -161,6 +162,16 @@ def test_the_cheapest_tuner_wins_and_shuffled_labels_give_no_winner():
             for name, values in zip(costs, pooled.reshape(3, -1), strict=True):
                 shuffled[name][family] = values.tolist()
         assert winner(shuffled) is None
+
+
+def test_pairs_that_differ_by_one_sign_have_an_interval_without_zero():
+    mean, low, high = paired([0.1, 0.2, 0.15, 0.12, 0.18])
+    assert mean == pytest.approx(0.15)
+    assert 0.1 <= low < mean < high <= 0.2
+    _, low, high = paired([-0.2, 0.2, -0.1, 0.1])
+    assert low < 0.0 < high
+    with pytest.raises(ValueError, match="one pair at least"):
+        paired([])
 
 
 def test_comparing_needs_the_same_families():
