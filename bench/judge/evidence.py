@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,13 @@ BUDGETS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 """In static runs."""
 STARTS = 20
 WEIGHTS = {False: "raw", True: "averaged"}
+NEEDS = {
+    "SMAC3 multi-fidelity": "smac",
+    "lr_find (Lightning)": "lightning",
+    "lr_find + batch scaler (Lightning)": "lightning",
+    "PBT (Ray)": "ray",
+}
+"""Packages of tuners that are skipped, with a line that says so, where these are not installed."""
 STATIC, CALIBRATED = "best static run", "calibrated AdamW"
 
 
@@ -214,12 +222,15 @@ def main() -> int:
     if unknown:
         parser.error(f"families {', '.join(unknown)} are not in the table; it has {', '.join(problems)}")
     known = done()
+    missing = [tuner for tuner, package in NEEDS.items() if importlib.util.find_spec(package) is None]
+    for tuner in missing:
+        print(f"{tuner} is left out: {NEEDS[tuner]} is not installed; pip install .[judge,opponents]")
     todo = [
         job
         for job in jobs(
             problems, options.families or list(problems), options.starts, options.live, options.blind, device
         )
-        if job[:3] not in known and (options.tuner is None or job[1] in options.tuner)
+        if job[:3] not in known and job[1] not in missing and (options.tuner is None or job[1] in options.tuner)
     ]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
