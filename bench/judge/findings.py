@@ -4,7 +4,6 @@ intervals carry."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import families
 import numpy as np
@@ -61,15 +60,13 @@ def costs_table(rows: pd.DataFrame, weights: str, target: str, quantity: str = "
         )
     )
     lines = [f"| {head} |", "|---" * (len(names) + 4) + "|"]
-    chosen = rows[(rows["weights"] == weights) & (rows["target"] == target)]
-    runs = chosen["family"].map(lambda name: families.kind(name).samples)
-    soon = (chosen["reached"] & (chosen["samples"] <= LIMIT * runs)).groupby(chosen["tuner"]).sum()
+    early = soon(rows[(rows["weights"] == weights) & (rows["target"] == target)]).groupby("tuner")["soon"].sum()
     for tuner, own in sorted(tuners.items()):
         cells = [f"{np.median(own[name]):.2f}" if name in own else "–" for name in names]
         values = [value for part in own.values() for value in part]
         met = f"{sum(map(math.isfinite, values))} of {len(values)}"
         words = against(tuner, tuners, judged=quantity == "samples")[1]
-        lines.append(f"| {' | '.join((tuner, *cells, met, str(soon[tuner]), words))} |")
+        lines.append(f"| {' | '.join((tuner, *cells, met, str(early[tuner]), words))} |")
     if len(names) < len(families.NAMES):
         judged = f"{len(names)} of {len(families.NAMES)} families: too few to name a winner."
     else:
@@ -96,23 +93,36 @@ def zones(table: dict[str, pd.DataFrame]) -> list[str]:
     return [*lines, ""]
 
 
-def listed(words: Sequence[str]) -> str:
-    return ", ".join(words) if words else "none"
-
-
 def of_costs(rows: pd.DataFrame, weights: str) -> tuple[str, str]:
-    """What holds of costs until the strict target, and what does not."""
+    """What holds of samples until the strict target, family by family, and what does not."""
     tuners = costs_of(rows, weights, "best", "samples")
-    verdicts: dict[str, list[str]] = {}
-    for tuner in sorted(tuners):
-        verdicts.setdefault(against(tuner, tuners)[0], []).append(tuner)
-    where = listed(sorted({family for name, own in tuners.items() if name.startswith(OURS) for family in own}))
-    return (
-        f"On the families that GR-Gauge was run on ({where}), it needs fewer samples than: "
-        f"{listed(verdicts.get('cheaper', []))}.",
-        f"It needs more than: {listed(verdicts.get('dearer', []))}; undecided are "
-        f"{listed(verdicts.get('undecided', []))}, and there is no ratio to {listed(verdicts.get('no ratio', []))}.",
-    )
+    chosen = soon(rows[(rows["weights"] == weights) & (rows["target"] == "best")])
+    holds, not_so = [], []
+    for family in sorted({family for name, own in tuners.items() if name.startswith(OURS) for family in own}):
+        here = {name: {family: own[family]} for name, own in tuners.items() if family in own}
+        verdicts: dict[str, list[str]] = {}
+        for tuner in sorted(here):
+            verdicts.setdefault(against(tuner, here)[0], []).append(tuner)
+        fewer, more = verdicts.get("cheaper", []), verdicts.get("dearer", [])
+        early = chosen[chosen["family"] == family].groupby("tuner")["soon"].agg(["sum", "count"])
+        early = early[early["count"] >= FEWEST].sort_values("sum", ascending=False)
+        counts = (f"{name} {row['sum']} of {row['count']}" for name, row in early.iterrows() if name != STATIC)
+        holds.append(
+            f"On {family} GR-Gauge needs "
+            + (f"fewer samples than {', '.join(fewer)}" if fewer else "fewer samples than nobody")
+            + (f", and more than {', '.join(more)}" if more else "")
+            + f"; within {LIMIT:g} static runs the target was met by {', '.join(counts)}."
+        )
+        for verdict, words in (("undecided", "is undecided against"), ("no ratio", "has no ratio to")):
+            if verdict in verdicts:
+                not_so.append(f"On {family} GR-Gauge {words} {', '.join(verdicts[verdict])}.")
+    return " ".join(holds), " ".join(not_so)
+
+
+def soon(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same with a column that says who met the target within what a live tuner may spend."""
+    runs = rows["family"].map(lambda name: families.kind(name).samples)
+    return rows.assign(soon=rows["reached"] & (rows["samples"] <= LIMIT * runs))
 
 
 def of_seconds(rows: pd.DataFrame) -> tuple[str, str]:
@@ -134,7 +144,7 @@ def of_profiles(merged: dict[str, dict[str, float]]) -> tuple[str, str]:
         f"Of {len(order)} tuners that were run on every family, {order[0]} has the largest integral "
         f"({scores[order[0]]:.2f}), {order[-1]} the least ({scores[order[-1]]:.2f}), over {problems} problems.",
         "Profiles have no intervals, and raw and averaged weights of a family are not independent problems; "
-        + (f"{listed(ours)} was." if ours else "GR-Gauge was not run on every family, and is not in it."),
+        + (f"{', '.join(ours)} was." if ours else "GR-Gauge was not run on every family, and is not in it."),
     )
 
 
