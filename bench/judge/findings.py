@@ -141,10 +141,10 @@ def of_profiles(merged: dict[str, dict[str, float]]) -> tuple[str, str]:
     problems = len(next(iter(merged.values())))
     ours = [name for name in order if name.startswith(OURS)]
     return (
-        f"Of {len(order)} tuners that were run on every family, {order[0]} has the largest integral "
-        f"({scores[order[0]]:.2f}), {order[-1]} the least ({scores[order[-1]]:.2f}), over {problems} problems.",
+        f"Of {len(order)} tuners run on every family from {FEWEST} starts or more, {order[0]} has the largest "
+        f"integral ({scores[order[0]]:.2f}), {order[-1]} least ({scores[order[-1]]:.2f}), over {problems} problems.",
         "Profiles have no intervals, and raw and averaged weights of a family are not independent problems; "
-        + (f"{', '.join(ours)} was." if ours else "GR-Gauge was not run on every family, and is not in it."),
+        + (f"{', '.join(ours)} is one of them." if ours else "GR-Gauge is none of them: it was run on fewer families."),
     )
 
 

@@ -14,6 +14,7 @@ import families
 import matplotlib
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,6 +39,7 @@ from .table import BATCHES, LRS, load
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 WIDE, TALL = 3.2, 2.9
+STYLES = cycler(linestyle=["-", "--", ":"]) * matplotlib.rcParamsDefault["axes.prop_cycle"]
 
 
 def reactions(table: dict[str, pd.DataFrame]) -> Figure:
@@ -154,6 +156,7 @@ def profiles(merged: dict[str, dict[str, float]]) -> Figure:
     taus = np.linspace(1, TAU, 301)
     figure = Figure((WIDE * 2, TALL * 1.3), layout="constrained")
     axis, scores = figure.subplots(), score(merged)
+    axis.set_prop_cycle(STYLES)
     for tuner, shares in sorted(profile(merged, taus.tolist()).items(), key=lambda item: -scores[item[0]]):
         axis.step(taus, shares, where="post", label=f"{tuner}: {scores[tuner]:.2f}")
     axis.set(xlabel="tau", ylabel="share of problems", ylim=(-0.02, 1.02), title="Performance profiles, samples")
@@ -167,6 +170,7 @@ def best_so_far(rows: pd.DataFrame) -> Figure:
     figure = Figure((WIDE * 1.5 * len(names), TALL * 1.2), layout="constrained")
     for axis, family in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         chosen = rows[(rows["family"] == family) & (rows["weights"] == "raw") & (rows["tuner"] != STATIC)]
+        axis.set_prop_cycle(STYLES)
         for tuner, part in chosen.groupby("tuner"):
             runs = part.pivot(index="start", columns="budget", values="regret").reindex(columns=list(BUDGETS))
             line = runs.ffill(axis=1).median()  # who stopped, having arrived, keeps what was found

@@ -10,7 +10,7 @@ import pandas as pd
 
 from grgauge import theory
 
-from .protocol import Costs, medians
+from .protocol import FEWEST, Costs, medians
 from .table import SEEDS
 
 HEALTH = {"gr_t": (18.0, 22.0), "gr_s": (0.5, 0.65)}
@@ -103,6 +103,10 @@ def costs_of(rows: pd.DataFrame, weights: str, target: str, quantity: str) -> di
 
 
 def problems_of(tuners: dict[str, Costs]) -> dict[str, dict[str, float]]:
-    """Median costs of the tuners that were run on every family."""
+    """Median costs of the tuners that were run on every family, from as many starts as an interval needs."""
     every = {family for own in tuners.values() for family in own}
-    return {tuner: medians(own) for tuner, own in tuners.items() if set(own) == every}
+    return {
+        tuner: medians(own)
+        for tuner, own in tuners.items()
+        if set(own) == every and all(len(values) >= FEWEST for values in own.values())
+    }
