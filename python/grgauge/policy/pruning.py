@@ -15,15 +15,21 @@ from .decisions import Evidence
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a trial is at one reading: the reading, and the training loss since the one before."""
+    """Where a trial is at one reading.
+
+    reading  what was read
+    loss     training loss since the reading before
+    trained  samples that its weights have been trained on; None: all steps had the reading's batch size
+    """
 
     reading: Reading
     loss: float
+    trained: float | None = None
 
     @property
     def samples(self) -> float:
         """That its weights have been trained on."""
-        return self.reading.step * self.reading.batch_size
+        return self.reading.step * self.reading.batch_size if self.trained is None else self.trained
 
 
 @dataclass(frozen=True)
