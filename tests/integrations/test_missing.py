@@ -7,6 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from grgauge import AdamW, Gauge
 
 pytestmark = pytest.mark.engines
 
@@ -56,3 +61,15 @@ def test_the_oldest_version_itself_is_new_enough():
 
     for version in ("2.4.0", "2.4.0rc1", "2.10", "3.0.0"):
         require_version("lightning", version, (2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP:FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fsdp1_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu"))
+        with pytest.raises(TypeError, match=r"module is FullyShardedDataParallel; it must be .*\.fully_shard"):
+            Gauge(AdamW(module.parameters()), 8).attach(module)
+    finally:
+        dist.destroy_process_group()

@@ -302,6 +302,7 @@ def test_bad_arguments(options, message):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_trls_supervised_fine_tuning(tmp_path):
     """SFTTrainer, from texts, with its own collator and loss: one line as anywhere."""
     trl = pytest.importorskip("trl")

@@ -35,7 +35,7 @@ def train_in_lines(runs: Iterable[Run], text: Text, seed: int) -> None:
     for run in runs:
         for _ in train(run, text, seed):
             if run.step % LINE_EVERY == 0 and run.readings:
-                gr_t, gr_s, noise_scale = _figures(run.summary)
+                gr_t, gr_s, noise_scale = _figures(run.readings[-1])
                 print(
                     f"lr {run.lr:.0e}  step {run.step:3d}  loss {run.loss:.2f}  GR_T {gr_t:>5}  GR_S {gr_s}  "
                     f"noise scale {noise_scale}",
