@@ -54,11 +54,11 @@ def train(config: dict[str, Any]) -> None:
 if __name__ == "__main__":
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     space = {"lr": tune.loguniform(1e-6, 1.0), "batch_size": tune.randint(8, 257)}
-    scheduler = GaugeScheduler(space, seed=0)
+    scheduler = GaugeScheduler(space, max_changes=2, seed=0)  # a changed trial takes seconds to start again
     tuner = tune.Tuner(
         train,
         param_space=space,
-        tune_config=tune.TuneConfig(search_alg=GaugeSearch(seed=0), scheduler=scheduler, num_samples=4),
+        tune_config=tune.TuneConfig(search_alg=GaugeSearch(seed=0), scheduler=scheduler, num_samples=3),
         run_config=tune.RunConfig(storage_path=tempfile.mkdtemp(), verbose=0),
     )
     for result in tuner.fit():
