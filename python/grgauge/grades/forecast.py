@@ -70,6 +70,18 @@ class Forecast:
         """What each column alone would forfeit at most if it were frozen now; infinite where too little is known."""
         return np.array([self._upper(step, [i])[0] for i in range(self._matrices + 1)])
 
+    def expected(self, step: int) -> list[tuple[float, float, float]]:
+        """Of each column its drift for the steps that are left, the drift's standard error, and its unrest."""
+        drift, unrest = self._window()
+        rows = []
+        for i in range(self._matrices + 1):
+            own = drift[np.isfinite(drift[:, i]), i] if len(drift) else np.empty(0)
+            error = own.std(ddof=1) / math.sqrt(len(own)) if len(own) > 1 else math.nan
+            mean = own.mean() if len(own) else math.nan
+            left = self._left(step)
+            rows.append((float(mean * left), float(error * left), float(_means(unrest)[i]) if len(own) else math.nan))
+        return rows
+
     def gain(self, step: int) -> float:
         """What the whole run gains, in units of the loss."""
         drift, unrest = self._window()

@@ -238,6 +238,16 @@ class GradES:
         return {matrix.name: matrix.level for matrix in self._matrices}
 
     @property
+    def progress(self) -> dict[str, tuple[float, float, float]]:
+        """With "signal": each matrix -> what it would still gain, as (drift, its standard error, unrest).
+
+        In units of the loss, for all the steps that are left; see `grgauge.grades.progress`. NaN where not known.
+        """
+        if self._signal is None:
+            return {}
+        return dict(zip(self.matrices, self._signal.forecast.expected(self._step), strict=False))
+
+    @property
     def done(self) -> bool:
         """True if all monitored matrices are frozen, or `enough`: it is time to stop. The same on all ranks.
 
