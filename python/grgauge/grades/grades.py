@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gauge import Transfer
-from ..optim import unwrapped
+from ..optim import reciprocal, unwrapped
 from .forecast import Forecast
 from .gradients import LARGEST_SAMPLE, Metric, gradient_buckets
 from .matrix import Scale, monitored
@@ -372,8 +372,9 @@ class GradES:
         return frozenset(i for i, m in enumerate(self._matrices) if m.frozen is not None and not self._probing)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a GradScaler leaves on an optimizer that unscales and skips inside its step."""
-        return getattr(self._optimizer, "grad_scale", None), getattr(self._optimizer, "found_inf", None)
+        """(inv_scale, found_inf): what a GradScaler leaves on an optimizer that unscales and skips inside its step."""
+        inv_scale = reciprocal(getattr(self._optimizer, "grad_scale", None))
+        return inv_scale, getattr(self._optimizer, "found_inf", None)
 
     def _measure(self) -> None:
         skipped = self._skipped()

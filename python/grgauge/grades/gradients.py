@@ -37,7 +37,7 @@ class GradientBucket:
         self._lay_out(frozenset())
 
     def _lay_out(self, skipped: frozenset[int]) -> None:
-        """Look at all matrices but `skipped`. What `previous` held was laid out otherwise, and is lost."""
+        """Read all matrices but `skipped`. What `previous` held was laid out otherwise, and is lost."""
         if skipped == self._skipped:
             return
         segments = np.flatnonzero(np.isin(self.owners, list(skipped))).tolist()
@@ -48,7 +48,9 @@ class GradientBucket:
         # Unusable elements of each segment, in the newest gradients and in those they are compared with.
         self._broken = self._broken_before = torch.ones_like(self._sizes)
 
-    def measure(self, metric: Metric, skipped: frozenset[int], scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def measure(
+        self, metric: Metric, skipped: frozenset[int], inv_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         """Read the gradients, and with "delta" keep their sample for the next call to differ from."""
         self._lay_out(skipped)
         device = self._bucket.device
@@ -56,7 +58,7 @@ class GradientBucket:
             self._previous = torch.zeros(self._plan.numel, device=device)
         # A missing gradient has its parameter as a stand-in of the right size.
         grads = [local(p if p.grad is None else p.grad) for p in self.params]
-        inv_scale = None if scale is None else scale.to(device).float().reciprocal()
+        inv_scale = None if inv_scale is None else inv_scale.to(device)
         self._stats = gk.measure_(grads, self._plan, previous=self._previous, inv_scale=inv_scale)
         self._broken_before, self._broken = self._broken, self._stats[:, NONFINITE].clone()
         for i, p in enumerate(self.params):

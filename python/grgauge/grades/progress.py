@@ -80,43 +80,45 @@ class Progress:
         earlier  of each parameter None, or a gradient that takes the place of m_hat in u: how much an update along it
                  would bring. That of a frozen matrix, whose m is from another time.
         """
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         rows = []
-        for p, before in zip(self.params, earlier, strict=True):
-            state = self._optimizer.state.get(p)
+        for p, group, before in zip(self.params, self._groups(), earlier, strict=True):
             row = torch.full((3,), torch.nan, dtype=torch.float64, device=p.device)
             rows.append(row)
-            if p.grad is None or p.grad.is_sparse or not state:
+            state = self._optimizer.state.get(p)
+            g = self._gradient(p, group, inv_scale, found_inf)
+            if g is None or not state:
                 continue
-            g = rows_of(p.grad, self.stride).float()
-            if inv_scale is not None:
-                g = g * inv_scale.to(g.device).float()
-            if groups[id(p)].get("maximize"):
-                g = -g
-            step, update = step_sizes(state, groups[id(p)], g, self.stride)
+            step, update = step_sizes(state, group, g, self.stride)
             if before is not None:
                 update = step * before
             row[0] = (update * g).sum(dtype=torch.float64)
             row[1] = (step * g * g).sum(dtype=torch.float64) / 4.0
             row[2] = g.numel()
-            if found_inf is not None:
-                row.masked_fill_(found_inf.to(row.device).bool(), torch.nan)
         return torch.stack(rows)
 
     def gradients(
         self, inv_scale: Tensor | None, found_inf: Tensor | None, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Copies of the rows of the wanted gradients, for the next call of `read`."""
-        copies: list[Tensor | None] = []
+        found = [
+            self._gradient(p, group, inv_scale, found_inf) if want else None
+            for p, group, want in zip(self.params, self._groups(), wanted, strict=True)
+        ]
+        return [None if g is None else g.clone() for g in found]
+
+    def _groups(self) -> list[dict[str, Any]]:
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        for p, want in zip(self.params, wanted, strict=True):
-            if not want or p.grad is None:
-                copies.append(None)
-                continue
-            g = rows_of(p.grad, self.stride).float() * (-1.0 if groups[id(p)].get("maximize") else 1.0)
-            if inv_scale is not None:
-                g = g * inv_scale.to(g.device).float()
-            if found_inf is not None:
-                g = g.masked_fill(found_inf.to(g.device).bool(), torch.nan)
-            copies.append(g.clone())
-        return copies
+        return [groups[id(p)] for p in self.params]
+
+    def _gradient(
+        self, p: nn.Parameter, group: dict[str, Any], inv_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor | None:
+        """The rows of a gradient as the optimizer will use them; NaN in a step that is skipped."""
+        if p.grad is None or p.grad.is_sparse:
+            return None
+        g = rows_of(p.grad, self.stride).float()
+        if inv_scale is not None:
+            g = g * inv_scale.to(g.device)
+        if found_inf is not None:
+            g = g.masked_fill(found_inf.to(g.device).bool(), torch.nan)
+        return -g if group.get("maximize") else g
