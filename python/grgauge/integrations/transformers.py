@@ -249,8 +249,8 @@ class GaugeCallback(_Watching):
 class GradESCallback(_Watching):
     """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when enough matrices are frozen.
 
-    options   as for `grgauge.GradES`; `total_steps` are the Trainer's. `tau` is required: the reading of a matrix below
-              which it is frozen, by default as a share of its own early level, so that 1 is that level itself
+    options   as for `grgauge.GradES`; `total_steps` are the Trainer's. metric="signal" needs nothing else; the paper's
+              metrics need `tau`
 
     Gradients are read before the Trainer clips them, and frozen matrices no longer count in its norm. The number of
     frozen matrices is logged as grades_frozen. `grades` is the GradES at work.
@@ -275,7 +275,9 @@ class GradESCallback(_Watching):
         if self.grades is None:
             return []
         grades, levels = self.grades, self.grades.levels
-        if grades.scale == "level":
+        if grades.tau is None:
+            units = [grades.epsilon] * len(grades.matrices)
+        elif grades.scale == "level":
             units = [grades.tau * (levels[name] or math.nan) for name in grades.matrices]
         elif grades.scale == "matrix":
             sizes = grades.state_dict()["sizes"]
