@@ -1,6 +1,6 @@
 """The parameters of one optimizer group that one kernel call updates: their gradients, moments and step counts.
 
-The truth is the optimizer's `param_groups` and `state`. What is kept here is a cache of it: `fits` tells if it still
+The truth is the optimizer's `param_groups` and `state`. What is kept here is a cache of it: `fits` says if it still
 is one, and where it is not, it is made anew.
 """
 
@@ -264,10 +264,10 @@ class ParamBucket:
         """As `measure`, and in the same pass the EMAs: their sums, which are NaN if the step is to be skipped."""
         ema, steps = self._states_of(unclipped)
         ema = ema[: self.plan.states]
-        stats, told = averaged(
+        stats, seen = averaged(
             grads, self.plan, ema, unclipped.beta, steps, self.present, inv_scale, found_inf, backend
         )
-        return stats, BucketSums(self.params, self.plan, told, steps)
+        return stats, BucketSums(self.params, self.plan, seen, steps)
 
     def _states_of(self, unclipped: Unclipped) -> tuple[Tensor, Tensor]:
         """The EMA of all parameters, laid out as the plan is, and their numbers of updates; the state views both."""
@@ -352,7 +352,7 @@ def averaged(
     found_inf: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One update of an EMA: the sums as measured, and as they are told, which is NaN where `found_inf` skips the step.
+    """One update of an EMA: the sums as measured, and the same but NaN where `found_inf` skips the step.
 
     steps    numbers of updates, to which `present` is added
     """
