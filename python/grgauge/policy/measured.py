@@ -48,10 +48,6 @@ class Rival:
     losses: Losses
     lr: float
 
-    @staticmethod
-    def from_state(state: Any) -> Rival:
-        return restored(Rival, state, "state['rival']", losses=Losses.from_state)
-
 
 @dataclass
 class State:
@@ -73,24 +69,6 @@ class State:
     saved: SavedWeights | None = None
     trial: RaiseOnTrial | None = None
     rival: Rival | None = None
-
-    @staticmethod
-    def from_state(state: Any) -> State:
-        def maybe(record: Any, name: str) -> Any:
-            return lambda part: part and restored(record, part, f"state[{name!r}]")
-
-        return restored(
-            State,
-            state,
-            "state",
-            course=Course.from_state,
-            losses=Losses.from_state,
-            recent=list,
-            begun=lambda configs: [Config(**config) for config in configs],
-            saved=maybe(SavedWeights, "saved"),
-            trial=maybe(RaiseOnTrial, "trial"),
-            rival=lambda rival: rival and Rival.from_state(rival),
-        )
 
 
 class Measured:
@@ -145,7 +123,7 @@ class Measured:
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state = State.from_state(state)
+        self._state = restored(State, state)
 
     # --- what the loss says -------------------------------------------------------------------------------------------
 
