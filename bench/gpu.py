@@ -51,6 +51,7 @@ GPT_COLUMNS = (
 GROUPS = {
     "step": ("torch", "plain", "gauged", "roof"),
     "clip": ("torch", "torch_clip", "clip", "sampled"),
+    "states": ("torch", "torch_clip", "states", "clip_states", "roof"),
     "foreach": ("torch", "foreach", "by_hand"),
 }
 """Variants that take turns in one run. Not all at once: a billion parameters each must fit into 80 GB."""
@@ -59,7 +60,16 @@ LAYOUTS = {"1": (1, False), "300": (300, False), "3000": (3000, False), "flat": 
 """Number of tensors, and whether ours have them in one flat buffer; torch's have them loose, as their users do."""
 
 MICRO_BATCHES = 4
-TARGETS = {"gauged/torch": 0.80, "of copy roof": 0.90, "gauged/plain": 1.01, "clip/torch_clip": 0.65, "GPT": 1.00}
+TARGETS = {
+    "gauged/torch": 0.80,
+    "of copy roof": 0.90,
+    "gauged/plain": 1.01,
+    "clip/torch_clip": 0.65,
+    "states/torch": 0.75,
+    "clip_states/torch_clip": 0.70,
+    "all bf16/torch in bf16": 0.90,
+    "GPT": 1.00,
+}
 
 
 @dataclass
@@ -258,7 +268,7 @@ def run_tests(seconds: float) -> str:
 
 
 def kernel_jobs(run: Run) -> tuple[list[Job], list[Job]]:
-    """All configurations, the most telling first: those to measure before the GPTs, and those behind them."""
+    """All configurations, the most telling first: those to measure before the GPTs, and those after them."""
     sizes = (100_000,) if run.dry else (100_000_000, 1_000_000_000)
     labels = ("fp32", "bf16", "bf16g")
 
@@ -266,10 +276,10 @@ def kernel_jobs(run: Run) -> tuple[list[Job], list[Job]]:
         wanted = product(groups, layouts, numels, labels)
         return [kernel_job(run, group, numel, label, layout) for group, layout, numel, label in wanted]
 
-    first = jobs(("step", "clip"), ("300",))
-    later = jobs(("step", "clip"), ("flat",))
+    first = jobs(("step", "states", "clip"), ("300",))
+    later = jobs(("step", "states", "clip"), ("flat",))
     later += [backend_job(run, sizes[0], label) for label in labels]
-    later += jobs(("step", "clip"), ("1",)) + jobs(("foreach",), ("300",))
+    later += jobs(("step", "states", "clip"), ("1",)) + jobs(("foreach",), ("300",))
     if not run.dry:
         later += jobs(("step", "clip", "foreach"), ("300", "flat", "1"), (10_000_000,))
     later += jobs(("step", "clip"), ("3000", "flat3000")) + jobs(("foreach",), ("1", "3000"))
@@ -324,7 +334,7 @@ def kernels(run: Run, specs: dict[str, tuple[str, str | None]], numel: int, labe
     for name, one in made.items():
         if not one.finite():
             raise RuntimeError(f"{name} has read nothing or ends in numbers that are not finite")
-    require_same_end(made, "clip" if "clip" in made else "", label)
+    require_same_end(made, label)
 
     roof = v.OUR_BYTES[label] * numel / median(samples["roof"].ms) / 1e6 if "roof" in samples else None
     shared = origin(run.device) | {"dtype": label, "numel": numel, "tensors": layout}
@@ -332,7 +342,6 @@ def kernels(run: Run, specs: dict[str, tuple[str, str | None]], numel: int, labe
     for name, seen in samples.items():
         if name == "torch" and "plain" not in specs:
             continue  # its row is the one beside plain and gauged; here it is what the ratios are to
-        moved = v.TORCHS_BYTES if specs[name][0] in v.TORCHS else v.OUR_BYTES
         columns = quantile_columns(seen)
         rows.append(
             shared
@@ -341,7 +350,7 @@ def kernels(run: Run, specs: dict[str, tuple[str, str | None]], numel: int, labe
                 "variant": name,
                 "backend": specs[name][1] or "",
                 "ratio_to_torch_fused": significant(ratio(seen, samples["torch"])),
-                "gbps": significant(moved[label] * numel / columns["q50_ms"] / 1e6),
+                "gbps": significant(v.moved(specs[name][0], label) * numel / columns["q50_ms"] / 1e6),
                 "roof_gbps": "" if roof is None else significant(roof),
                 "host_us": significant(1e3 * median(seen.host_ms)),
                 "launches": "" if seen.launches is None else significant(seen.launches),
@@ -351,12 +360,17 @@ def kernels(run: Run, specs: dict[str, tuple[str, str | None]], numel: int, labe
     append(run.folder / "gpu.csv", COLUMNS, rows)
 
     where = f"{numel:.0e} {label}, tensors: {layout}".replace("e+0", "e")
-    if roof is not None:
+    if "states" in samples:
+        target = "all bf16/torch in bf16" if label == "bf16" else "states/torch"
+        run.figures.append((target, where, ratio(samples["states"], samples["torch"])))
+        run.figures.append(("clip_states/torch_clip", where, ratio(samples["clip_states"], samples["torch_clip"])))
+    step = next((name for name in ("gauged", "states") if name in samples), None)
+    if roof is not None and step is not None and (run.dry or numel >= 10**8):
+        share = next(r["gbps"] for r in rows if r["variant"] == step) / roof
+        run.figures.append(("of copy roof", f"{where}, {step}", share))
+    if "plain" in samples:
         if run.dry or numel >= 10**8:
             run.figures.append(("gauged/torch", where, ratio(samples["gauged"], samples["torch"])))
-            run.figures.append(
-                ("of copy roof", where, next(r["gbps"] for r in rows if r["variant"] == "gauged") / roof)
-            )
         run.figures.append(("gauged/plain", where, ratio(samples["gauged"], samples["plain"])))
     if "clip" in samples:
         run.figures.append(("clip/torch_clip", where, ratio(samples["clip"], samples["torch_clip"])))
@@ -366,13 +380,19 @@ def kernels(run: Run, specs: dict[str, tuple[str, str | None]], numel: int, labe
     )
 
 
-def require_same_end(made: dict[str, Any], clipped: str, label: str) -> None:
-    """Raise RuntimeError unless our optimizer and torch's, having seen the same gradients, end alike."""
-    other = "torch_clip" if clipped else "torch"
-    tolerance = 5e-2 if label == "bf16" else 1e-3  # a bfloat16 parameter has steps of 2^-7 around 1
-    names = [clipped] if clipped else [name for name in made if name.startswith(("plain", "gauged"))]
-    for name in names:
-        for ours, theirs in zip(made[name].params, made[other].params, strict=True):
+def require_same_end(made: dict[str, Any], label: str) -> None:
+    """Raise RuntimeError unless our optimizers and torch's, having seen the same gradients, end alike."""
+    import variants as v
+
+    for name, one in made.items():
+        if name in v.STATES and label == "bf16":
+            continue  # rounded stochastically it goes where torch's bfloat16, which loses small updates, does not
+        if not name.startswith(("plain", "gauged", *v.CLIPPED, *v.STATES)):
+            continue
+        tolerance = 1e-2 if name in v.STATES else 1e-3
+        tolerance = 5e-2 if label == "bf16" else tolerance  # a bfloat16 parameter has steps of 2^-7 around 1
+        other = "torch_clip" if name in v.CLIPPED else "torch"
+        for ours, theirs in zip(one.params, made[other].params, strict=True):
             apart = float((ours.detach()[:1000].float() - theirs.detach()[:1000].float()).abs().max())
             if not apart <= tolerance:
                 raise RuntimeError(f"{name} and {other} end {apart:.2g} apart: what was measured is not the same step")
@@ -485,7 +505,9 @@ def verdict(run: Run) -> None:
             met = figure >= bound if at_least else figure <= bound
             say(f"{'PASS' if met else 'MISS'}  {target} {figure:.3f} ({'≥' if at_least else '≤'} {bound:.2f})  {where}")
     if any("bf16," in where for _, where, _ in run.figures):
-        say("In bf16 torch keeps its moments in bfloat16 and moves 14 bytes a parameter; ours are float32, 22 bytes.")
+        say(
+            "In bf16 torch moves 14 bytes a parameter, its moments being bfloat16; so do ours in states, else 22 bytes."
+        )
 
 
 if __name__ == "__main__":

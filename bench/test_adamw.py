@@ -11,8 +11,16 @@ Each configuration (size x layout of the tensors) is one run in which all varian
     roof       dst.copy_(src), sized to move the bytes that AdamW moves (reads p g m v, writes p m v): 28 a parameter
     roof_loop  the same bytes as AdamW moves them, in one loop that torch.compile makes: p = g - p, m = g - m, v = g - v
 
+and with bfloat16, whose rows have "mixed" for a dtype, in one run with torch and torch_clip:
+
+    states       grgauge.AdamW(state_dtype=torch.bfloat16), gauged: 20 bytes a float32 parameter instead of 28
+    clip_states  the same with max_grad_norm=1
+    torch_bf16   torch's fused AdamW on bfloat16 parameters: its moments are bfloat16 then, all rounded to nearest
+    torchao_bf16 torchao's AdamW with bf16_stochastic_round=True on the same; one tensor only, for it compiles each size
+    stochastic   grgauge.AdamW(state_dtype=torch.bfloat16, stochastic_rounding=True) on the same, gauged: 14 bytes
+
 A turn is STEPS consecutive steps, and a sample their mean: the gauge reads every fifth step, so a median over single
-steps would leave the reading out. Behind the last of them a gauged variant asks for the reading, within the clock.
+steps would leave the reading out. After the last of them a gauged variant asks for the reading, within the clock.
 gauged / plain is what the gauge costs, gauged / torch what the user sees. Ratios are taken between turns of the same
 round.
 
@@ -21,7 +29,8 @@ as it is credited with, an in-place update does not, and AdamW can beat the copy
 where buffers outgrow the last cache, as 50 M parameters do; at smaller sizes a turn of several steps may find them in
 a cache, roofs and steps alike, and the host work of a step counts for more.
 
-Every variant has its own tensors with the same values, and all four optimizers must end at the same parameters.
+Every variant has its own tensors with the same values, and our optimizers must end where torch's do: at the same
+parameters, or with bfloat16 as far along torch's way as torch.
 In layout `flat`, ours keep moments and gradients of their 300 tensors in flat buffers; torch and by_hand have them
 loose, as their users do.
 """
@@ -57,10 +66,26 @@ NUMELS = (100_000, 1_000_000, 50_000_000)
 QUICK_NUMEL = 10_000
 LAYOUTS = ("flat", "1", "300")
 VARIANTS = ("torch", "plain", "gauged", "by_hand", "torch_clip", "clip", "roof", "roof_loop")
-TRAININGS = VARIANTS[:6]
-READ = ("gauged", "clip")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Of parameters and gradients; our moments are float32 always, torch's are like the parameters."""
+MIXED = (
+    "torch",
+    "torch_clip",
+    "states",
+    "clip_states",
+    "torch_bf16",
+    "torchao_bf16",
+    "stochastic",
+    "roof",
+    "roof_loop",
+)
+ROOFS = ("roof", "roof_loop")
+READ = ("gauged", "clip", "states", "clip_states", "stochastic")
+ALIKE = {"plain": "torch", "gauged": "torch", "by_hand": "torch", "clip": "torch_clip"}
+"""Variant -> the one of torch's whose parameters it must end at, if both are float32."""
+AS_FAR = {"states": "torch", "clip_states": "torch_clip", "stochastic": "torch"}
+"""Variant -> the one of torch's that it must have gone as far as, but for what rounding adds at right angles."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
+"""Of parameters and gradients, but for variants of IN_BFLOAT16; moments are float32 unless said otherwise."""
+IN_BFLOAT16 = ("torch_bf16", "torchao_bf16", "stochastic")
 
 SEED = 0
 TENSORS = 300
@@ -68,8 +93,10 @@ STEPS = 5
 WARM_UP_TURNS = 2
 MIN_ROUNDS, MIN_SECONDS = 15, 6.0
 QUICK_ROUNDS = 3
-BYTES = {"float32": 28, "bfloat16": 22}
+BYTES = {"float32": 28, "bfloat16": 22, "mixed": 28}
 """That our step must move, per parameter."""
+OWN_BYTES = {"states": 20, "clip_states": 20, "torch_bf16": 14, "torchao_bf16": 14, "stochastic": 14}
+"""The same of variants that keep less."""
 MAX_NORM = 1.0
 RENEWED = 1_000_000
 """Parameters up to which gradients are drawn anew before each turn, outside the clock; at 50 M that would take longer
@@ -108,8 +135,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not quick:
         configurations += [(sum(MODELS[model]()), model, "float32") for model in MODELS]
     configurations.append((numels[-1], "1", "bfloat16"))
-    metafunc.parametrize(("numel", "layout", "dtype"), configurations)
-    metafunc.parametrize("variant", VARIANTS)
+    configurations += [(numels[-1], layout, "mixed") for layout in ("1", "300")]
+    cases = [(*configuration, v) for configuration in configurations for v in variants(*configuration[1:])]
+    metafunc.parametrize(("numel", "layout", "dtype", "variant"), cases)
+
+
+def variants(layout: str, dtype: str) -> tuple[str, ...]:
+    """Those that take turns."""
+    if dtype != "mixed":
+        return VARIANTS
+    return MIXED if layout == "1" else tuple(v for v in MIXED if v != "torchao_bf16")
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
@@ -139,17 +174,18 @@ def measured(
     """Samples and figures of all variants; measured once, when the first variant asks, and written to `path`."""
     rounds, seconds = (QUICK_ROUNDS, 0.0) if quick else (MIN_ROUNDS, MIN_SECONDS)
     samples = alternate(numel, layout, dtype, torch.device(device), rounds, seconds)
-    figures = summary(samples, numel * BYTES[dtype])
+    figures = summary(samples, {v: numel * OWN_BYTES.get(v, BYTES[dtype]) for v in samples})
     if path is not None:
         shared = origin(device) | {"dtype": dtype, "numel": numel, "tensors": layout}
-        append(path, COLUMNS, [shared | {"variant": v} | figures[v] for v in VARIANTS])
+        append(path, COLUMNS, [shared | {"variant": v} | figures[v] for v in samples])
     return samples, figures
 
 
 def alternate(numel: int, layout: str, dtype: str, device: torch.device, rounds: int, seconds: float) -> Samples:
     """Seconds a step of every variant, turn by turn, for at least `rounds` rounds and `seconds` seconds."""
     gc.collect()  # optimizers and gauges refer to each other, so the last configuration may still hold its memory
-    trainings = {v: Training(v, numel, layout, DTYPES[dtype], device) for v in TRAININGS}
+    order = variants(layout, dtype)
+    trainings = {v: Training(v, numel, layout, DTYPES[dtype], device) for v in order if v not in ROOFS}
     roofs = Roofs(numel, DTYPES[dtype], device)
     steps: dict[str, Callable[[], None]] = {v: training.step for v, training in trainings.items()}
     steps |= {"roof": roofs.copy, "roof_loop": roofs.read_modify_write}
@@ -171,23 +207,27 @@ def alternate(numel: int, layout: str, dtype: str, device: torch.device, rounds:
         sync()
         return (time.perf_counter() - start) / STEPS
 
-    samples: Samples = {v: [] for v in VARIANTS}
+    samples: Samples = {v: [] for v in order}
     gc.disable()
     try:
         for _ in range(WARM_UP_TURNS):
-            for v in VARIANTS:
+            for v in order:
                 turn(v)
         start = time.perf_counter()
         while len(samples["torch"]) < rounds or time.perf_counter() - start < seconds:
-            for v in VARIANTS:
+            for v in order:
                 samples[v].append(turn(v))
     finally:
         gc.enable()
-    alike = {"plain": "torch", "gauged": "torch", "by_hand": "torch", "clip": "torch_clip"}
-    for v, other in alike.items() if dtype == "float32" else ():  # torch's bfloat16 moments make other parameters
+    for v, other in ALIKE.items() if dtype == "float32" else ():  # torch's bfloat16 moments make other parameters
         for ours, theirs in zip(trainings[v].params, trainings[other].params, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    if any(trainings[v].gauge.reading() is None for v in READ):
+    for v, other in AS_FAR.items() if dtype == "mixed" else ():
+        ours, theirs = trainings[v].moved(), trainings[other].moved()
+        share = float(ours @ theirs / (theirs @ theirs))
+        if not abs(share - 1) < 0.05:
+            raise RuntimeError(f"{v} has gone {share:.3f} of {other}'s way: what was measured is not the same step")
+    if any(training.gauge.reading() is None for v, training in trainings.items() if v in READ):
         raise RuntimeError("the gauge has not read anything: what was measured is not a gauged step")
     return samples
 
@@ -198,18 +238,31 @@ class Training:
     def __init__(self, variant: str, numel: int, layout: str, dtype: torch.dtype, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(SEED)
 
+        if variant in IN_BFLOAT16:
+            dtype = torch.bfloat16
+
         def normal(n: int) -> Tensor:
-            return torch.randn(n, device=device, dtype=dtype, generator=self.generator)
+            return torch.randn(n, device=device, generator=self.generator).to(dtype)
 
         self.params = [torch.nn.Parameter(normal(n)) for n in sizes(numel, layout)]
         for p in self.params:
             p.grad = normal(p.numel())
+        self.start = self.sample()
         self.optimizer: torch.optim.Optimizer
-        if variant in ("torch", "by_hand", "torch_clip"):
+        if variant in ("torch", "by_hand", "torch_clip", "torch_bf16"):
             self.optimizer = torch.optim.AdamW(self.params, fused=True)
+        elif variant == "torchao_bf16":
+            from torchao.optim import _AdamW
+
+            self.optimizer = _AdamW(self.params, bf16_stochastic_round=True)
         else:
-            max_norm = MAX_NORM if variant == "clip" else None
-            self.optimizer = grgauge.AdamW(self.params, flat=layout == "flat", max_grad_norm=max_norm)
+            self.optimizer = grgauge.AdamW(
+                self.params,
+                flat=layout == "flat",
+                max_grad_norm=MAX_NORM if variant in ("clip", "clip_states") else None,
+                state_dtype=torch.bfloat16 if variant in OWN_BYTES else torch.float32,
+                stochastic_rounding=variant == "stochastic",
+            )
         self.step: Callable[[], Any] = self.optimizer.step
         if variant in READ:
             self.gauge = grgauge.Gauge(self.optimizer, batch_size=256)
@@ -228,7 +281,14 @@ class Training:
     def renew(self) -> None:
         """Draw new gradients in place."""
         for grad in self.grads():
-            grad.normal_(generator=self.generator)
+            grad.copy_(torch.randn(grad.shape, device=grad.device, generator=self.generator))
+
+    def sample(self) -> Tensor:
+        """The first elements of every parameter, float64."""
+        return torch.cat([p.detach()[:10_000].double() for p in self.params])
+
+    def moved(self) -> Tensor:
+        return self.sample() - self.start
 
     def grads(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
@@ -311,7 +371,7 @@ MODELS: dict[str, Callable[[], list[int]]] = {"ResNet-18": resnet18, "GPT-2 124M
 """Lists of parameters that users recognise."""
 
 
-def summary(samples: Samples, traffic: int) -> dict[str, dict[str, float]]:
+def summary(samples: Samples, traffic: dict[str, int]) -> dict[str, dict[str, float]]:
     """The figures of each variant, named as the columns of the CSV are, and the quantiles of the ratio."""
     roof = median(samples["roof"])
     figures = {}
@@ -326,8 +386,8 @@ def summary(samples: Samples, traffic: int) -> dict[str, dict[str, float]]:
             "ratio_to_torch_fused": significant(ratio),
             "ratio_q20": significant(ratio_low),
             "ratio_q80": significant(ratio_high),
-            "gbps": significant(traffic / middle / 1e9),
-            "roof_gbps": significant(traffic / roof / 1e9),
+            "gbps": significant(traffic[variant] / middle / 1e9),
+            "roof_gbps": significant(traffic["roof"] / roof / 1e9),
         }
     return figures
 

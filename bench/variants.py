@@ -8,11 +8,13 @@
     gauged      grgauge.AdamW with a grgauge.Gauge at its defaults
     sampled     grgauge.AdamW with a gauge that takes a pass of its own over its default sample, 50 M parameters
     clip        grgauge.AdamW(max_grad_norm=1), gauged; a gauge then takes a sampled pass of its own
+    states      gauged, with moments in bfloat16; bfloat16 parameters are then rounded stochastically as they are
+    clip_states clip, likewise
 
 of three kinds of numbers:
 
     fp32        everything float32
-    bf16        parameters and gradients bfloat16; our moments float32, torch's bfloat16
+    bf16        parameters and gradients bfloat16; our moments float32 but for states, torch's bfloat16
     bf16g       gradients bfloat16, parameters and moments float32. torch.nn.Parameter does not take such a gradient, so
                 ours are calls of the ops, sums travelling to the host every fifth step; torch's variants first copy
                 the gradients to float32 ones, as its users must
@@ -38,15 +40,24 @@ SAMPLE = 50_000_000
 EVERY = 5
 
 TORCHS = ("torch", "foreach", "by_hand", "torch_clip")
+STATES = ("states", "clip_states")
+CLIPPED = ("clip", "clip_states")
 LABELS = ("fp32", "bf16", "bf16g")
 
 # What a step must move: gradients are read, parameters and both moments read and written.
 OUR_BYTES = {"fp32": 4 + 3 * 8, "bf16": 2 + 4 + 2 * 8, "bf16g": 2 + 3 * 8}
+STATES_BYTES = {"fp32": 4 + 8 + 2 * 4, "bf16": 2 + 4 + 2 * 4, "bf16g": 2 + 8 + 2 * 4}
 TORCHS_BYTES = {"fp32": 4 + 3 * 8, "bf16": 2 + 3 * 4, "bf16g": 2 + 4 + 4 + 3 * 8}
 """Per parameter and step."""
 
 HELD_BYTES = {"fp32": 17, "bf16": 13, "bf16g": 19}
 """Per parameter and variant, about: to tell beforehand whether a configuration fits."""
+
+
+def moved(variant: str, label: str) -> int:
+    """Bytes that a step must move per parameter."""
+    kinds = TORCHS_BYTES if variant in TORCHS else STATES_BYTES if variant in STATES else OUR_BYTES
+    return kinds[label]
 
 
 def sizes(numel: int, tensors: int) -> list[int]:
@@ -89,9 +100,15 @@ class Training:
             implementation = {"foreach": True} if variant == "foreach" else {"fused": True}
             self.optimizer = torch.optim.AdamW(self.params, lr=LR, weight_decay=DECAY, **implementation)
         else:
-            norm = MAX_NORM if variant == "clip" else None
             self.optimizer = grgauge.AdamW(
-                self.params, lr=LR, weight_decay=DECAY, flat=flat, max_grad_norm=norm, backend=backend
+                self.params,
+                lr=LR,
+                weight_decay=DECAY,
+                flat=flat,
+                max_grad_norm=MAX_NORM if variant in CLIPPED else None,
+                state_dtype=torch.bfloat16 if variant in STATES else torch.float32,
+                stochastic_rounding=variant in STATES,
+                backend=backend,
             )
         if variant not in (*TORCHS, "plain"):
             # A beta other than the optimizer's cannot use the optimizer's moment: such a gauge reads a sample instead.
@@ -148,8 +165,9 @@ class Ops:
             base = torch.zeros(int(starts[-1]), dtype=dtype, device=device)
             return [base[s : s + n] for s, n in zip(starts.tolist(), shapes, strict=False)], base
 
+        moment = torch.bfloat16 if variant in STATES else torch.float32
         (self.params, param), (self.grads, grad), (firsts, first), (seconds, second) = (
-            stream(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float32)
+            stream(dtype) for dtype in (torch.float32, torch.bfloat16, moment, moment)
         )
         for p in self.params:
             p.normal_(generator=self.generator)
@@ -159,7 +177,7 @@ class Ops:
         bucket = gk.Bucket(self.grads, base=grad)
         self.plan = bucket.plan()
         self.steps = torch.zeros(len(shapes), device=device)
-        if variant in ("sampled", "clip"):
+        if variant in ("sampled", *CLIPPED):
             self.sample = bucket.plan(sample=SAMPLE)
             self.ema = torch.zeros(self.sample.numel, device=device)
         self.rows: list[Tensor] = []
@@ -175,13 +193,13 @@ class Ops:
 
     def step(self) -> None:
         clip, grads, stats = None, self.streams[1], None
-        if self.variant == "clip":
+        if self.variant in CLIPPED:
             norm = gk.measure_(grads, self.plan, backend=self.backend)[:, 0].sum().sqrt()
             clip = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0).float()
-        if self.variant in ("sampled", "clip"):
+        if self.variant in ("sampled", *CLIPPED):
             stats = gk.measure_(grads, self.sample, ema=self.ema, beta=BETA, backend=self.backend)
         self.steps.add_(1)
-        sums = self.variant == "gauged"
+        sums = self.variant in ("gauged", "states")
         seen = gk.adamw_(
             *self.streams, self.plan, step=self.steps, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=clip,
             sums=sums, backend=self.backend,

@@ -19,7 +19,7 @@ from torch import Tensor
 from .sampling import BLOCK, Choice, choose, joined, kept_blocks, most_certain
 
 CHUNK = 4096
-"""Elements in a chunk at most: 16 KiB of fp32. Small enough to share 0.1 M elements evenly between threads."""
+"""The most elements in a chunk: 16 KiB of fp32. Small enough to share 0.1 M elements evenly between threads."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +48,8 @@ class Plan:
         flat: True if offsets count from one flat buffer.
         stream_sizes: uint64, elements of each tensor that a kernel is given: one per segment, or the one flat buffer.
         origins: int64 [segments], where each segment begins in the one flat buffer; None if offsets count from
-            segments.
+            segments. Random bits are drawn by offset less origin; of a segment that is a shard, minus the number of
+            elements before it gives each shard bits of its own.
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64], choice: Choice | None = None) -> None:
@@ -105,7 +106,7 @@ class Bucket:
         7
 
     Args:
-        tensors: Dense tensors. Only size, dtype, device and place are kept of them.
+        tensors: Dense tensors. Only their sizes, dtype, device and places in `base` are kept.
         base: The flat buffer that all tensors are views of; offsets then count from its first element.
 
     Raises:
@@ -147,7 +148,7 @@ class Bucket:
         `plan.spread(tensors)`.
 
         Args:
-            sample: Elements to visit, about; None for all.
+            sample: About how many elements to visit; None for all.
             seed: Which blocks a sample takes: the same ones for the same seed, on every rank.
             skip: Numbers of segments to leave out.
             replicates: 0, or about how many separate samples the sample consists of, for standard errors.
@@ -223,7 +224,7 @@ class Bucket:
         return rows
 
     def repeated(self, tensor: npt.NDArray[np.int64]) -> Bucket:
-        """This bucket with its segments listed anew: number i is what segment tensor[i] was. The rest stays."""
+        """This bucket with its segments listed anew: number i is what segment tensor[i] was. Everything else stays."""
         other = copy.copy(self)
         other.sizes = [self.sizes[i] for i in tensor.tolist()]
         other.offsets = [self.offsets[i] for i in tensor.tolist()]
@@ -250,7 +251,7 @@ def require_dense(t: Tensor, name: str) -> None:
 def _chunks(segment: int, offset: int, runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Runs int64 [runs, 2] of one segment, cut into chunks: rows without state offset."""
     counts = -(-runs[:, 1] // CHUNK)
-    # The first element of each chunk, counted from its run's: 0, CHUNK, 2 CHUNK, ..., anew in each run.
+    # The first element of each chunk, counted from the start of its run: 0, CHUNK, 2 CHUNK, ...
     starts = CHUNK * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
     rows = np.empty((len(starts), 4), dtype=np.int64)
     rows[:, 0] = segment

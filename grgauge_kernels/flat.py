@@ -23,12 +23,12 @@ def flat_views(tensors: Sequence[Tensor], dtype: torch.dtype, shift: int = 0) ->
 
     A tensor with gaps between its elements gets a contiguous view.
 
-    Large buffers begin at the same place of a page. Processors tell addresses in flight apart by that place, so a store
-    to one buffer holds up a load from the next: buffers that are walked together should have different shifts.
+    Large buffers all begin at the same offset within a page. Processors compare pending loads and stores by that offset
+    first, so a store to one buffer can delay a load from another: give buffers that are read together different shifts.
 
     Args:
         tensors: What the views are like.
-        dtype: Of the buffer.
+        dtype: The dtype of the buffer.
         shift: Elements left free at the beginning, a multiple of ALIGNMENT.
     """
     room = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in tensors]
@@ -63,7 +63,7 @@ class FlatBucket:
         return f"FlatBucket({len(self.params)} parameters, {self.bucket.numel} elements, {self.grad.dtype})"
 
     def intact(self) -> bool:
-        """True if every gradient that there is still is its view of the buffer."""
+        """True if every gradient that exists is still its view of the buffer."""
         return all(
             grad is None or (grad is view and grad.data_ptr() == address)
             for grad, view, address in zip(map(_grad_of, self.params), self._views, self._addresses, strict=True)
@@ -76,7 +76,7 @@ class FlatBucket:
 
     @torch.no_grad()
     def attach(self) -> None:
-        """Copy gradients that live elsewhere into the buffer, and make them views of it again.
+        """Copy gradients that are elsewhere into the buffer, and make them views of it again.
 
         A parameter without a gradient stays without one, and its place in the buffer holds zeros.
 
@@ -88,7 +88,7 @@ class FlatBucket:
                 raise RuntimeError(f"the gradient of parameter {i} is sparse ({p.grad.layout}); it must be dense")
         for i, (p, address) in enumerate(zip(self.params, self._addresses, strict=True)):
             view = self._views[i]
-            if view.data_ptr() != address:  # somebody gave the view itself other memory (grad.data = ...)
+            if view.data_ptr() != address:  # the view itself has been given other memory (grad.data = ...)
                 self._views[i] = view = _restored(self.grad, view, address)
             if p.grad is None:
                 view.zero_()
@@ -139,11 +139,11 @@ class FlatBuckets:
         self.buckets = [FlatBucket(group) for group in groups.values()]
 
     def intact(self) -> bool:
-        """True if every gradient that there is is a view of its buffer."""
+        """True if every gradient that exists is a view of its buffer."""
         return all(b.intact() for b in self.buckets)
 
     def attach(self) -> None:
-        """Take back gradients that live elsewhere, by copying them in."""
+        """Copy gradients that are elsewhere back into the buffers."""
         for b in self.buckets:
             b.attach()
 

@@ -8,14 +8,14 @@ For each element of each chunk of a plan, in one pass:
     if adamw:     torch's AdamW update of (param, exp_avg, exp_avg_sq)
     sums:         sum g^2, sum m^2, sum |g|, sum delta^2, sum |delta|, count of non-finite g
 
-A non-finite element (NaN, infinite or beyond +-1e16 after inv_scale) is counted and left out of sums, `ema` and
+A non-finite element (NaN, infinite or beyond +-1e16 after inv_scale) is counted, and left out of sums, `ema` and
 `previous`; the AdamW update treats it as torch does.
 
 Moments in bfloat16, and bfloat16 parameters on request, are rounded stochastically: to one of the two neighbours, with
-probabilities that make the result right on average. A second moment that decays by 0.999 a step loses a quarter of a
-bfloat16 place at most in each, so rounding to nearest would never let go of it. The random bits are a hash of seed,
-step, segment and the element's place in its segment: no generator state, and the same bits for every backend, number
-of threads, order of chunks and run (`backends.reference.random_bits` is the definition).
+probabilities that make the result right on average. A second moment that decays by 0.999 per step loses at most a
+quarter of a bfloat16 place in each, so rounded to the nearest it would never fall. The random bits are a hash of seed,
+step, segment and the element's place in its segment: no generator state, and the same bits for every backend, number of
+threads, order of chunks and run (`backends.reference.random_bits` is the definition).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STATS = ("grad_sq", "ema_sq", "grad_abs", "delta_sq", "delta_abs", "nonfinite")
 """Names of the six columns of the stats tensor: sums of g^2, m^2, |g|, delta^2, |delta|, and the non-finite count."""
 
 MOMENTS = ("exp_avgs", "exp_avg_sqs")
-"""Streams that are float32 or bfloat16, both alike, whatever the gradients and parameters are."""
+"""Streams that are float32 or bfloat16, both of one dtype, whatever the gradients and parameters are."""
 
 MOMENT_DTYPES, FLOATS = frozenset((torch.float32, torch.bfloat16)), frozenset(DTYPES)
 
@@ -51,7 +51,7 @@ _library.define(
     "measure_(Tensor[] grads, Tensor rows, int segments, Tensor(a!)? ema, Tensor(b!)? previous, float beta, "
     "Tensor? inv_scale, str? backend=None) -> Tensor"
 )
-# Without states nothing is changed, and a compiler wants to hear it from the schema.
+# Without states nothing is changed, and a compiler must see that in the schema.
 _library.define("measure(Tensor[] grads, Tensor rows, int segments, Tensor? inv_scale, str? backend=None) -> Tensor")
 _library.define(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor rows, "
@@ -140,7 +140,7 @@ def measure_(
         previous: float32 [plan.states], the gradient of the last call, replaced in place.
         beta: Smoothing factor of `ema`, in (0, 1).
         inv_scale: float32 [1] or [] on the device: g = grad * inv_scale.
-        backend: a name from `backends()`, or None for the best one of the device.
+        backend: A name from `backends()`, or None for the best one of the device.
 
     Returns:
         float64 [segments, 6], the columns named by STATS, over the visited elements (see `Plan.scale`). Columns of a
@@ -203,16 +203,16 @@ def adamw_(
 
     Moments in bfloat16 are computed in float32 and rounded stochastically: the same bits for every number of threads,
     on every run and by every backend. The second sum is then over exp_avg as computed in this step, before it is
-    rounded. What it still carries is the noise of earlier roundings: one adds r m^2 to the expected square of an
-    element, where r is at most 2^-16 and 5.5e-6 on average, so the sum is too large by r beta1^2 / (1 - beta1^2) of
-    itself: at most 6.5e-5, 2.3e-5 on average with beta1 = 0.9. (Over the rounded values it would be
-    r / (1 - beta1^2).)
+    rounded. It still contains the noise of earlier roundings. One rounding adds r m^2 to the expected square of an
+    element, where r is at most 2^-16 and 5.5e-6 on average. So the sum is too large by a share of
+    r beta1^2 / (1 - beta1^2): at most 6.5e-5, and 2.3e-5 on average with beta1 = 0.9. (Over the rounded values it would
+    be r / (1 - beta1^2).)
 
     Args:
-        params: float32, bfloat16 or float16, updated in place; one tensor per segment, or one flat buffer.
-        grads: Likewise; their dtype may be another one.
+        params: float32, bfloat16 or float16, updated in place; one tensor for each segment, or one flat buffer.
+        grads: Like `params`; they may have another dtype.
         exp_avgs: float32 or bfloat16, updated in place. The parameter's update takes them as they are before rounding.
-        exp_avg_sqs: Likewise, and of the same dtype.
+        exp_avg_sqs: Like `exp_avgs`, and of the same dtype.
         plan: The chunks to visit, from `Bucket.plan`.
         step: Number of this update, from 1: an int, or float32 [] or [segments] on the device.
         lr: A number, or a tensor of one element on the device.
@@ -229,8 +229,8 @@ def adamw_(
         zero_grad: Write zeros to the gradient after the update.
         maximize: Ascend instead of descend.
         sums: If False, take no sums and return an empty tensor.
-        seed: In [0, 2**32): which random bits stochastic rounding takes. Buckets of one optimizer should have
-            different ones, all ranks that hold the same parameters the same.
+        seed: In [0, 2**32): which random bits stochastic rounding takes. Buckets of one optimizer should have different
+            seeds; all ranks that hold the same parameters must have the same.
         stochastic_rounding: Round bfloat16 parameters stochastically instead of to nearest, so that updates below half
             a place are not lost. Refused for parameters of other dtypes.
         backend: A name from `backends()`, or None for the best one of the device.
@@ -306,10 +306,10 @@ def prepare_adamw_(
     stochastic_rounding: bool = False,
     backend: str | None = None,
 ) -> Callable[[], Tensor]:
-    """`adamw_` up to the point where something changes: checks all, takes the memory, returns the call for the rest.
+    """`adamw_` up to where something changes: check everything, allocate, and return the call for the rest.
 
-    For a step over several buckets, which must not stop halfway for what the last one lacks. Between the two, `step`
-    may still count on. Arguments are those of `adamw_`.
+    For a step over several buckets, which must not stop halfway because the last one is refused or out of memory. A
+    `step` tensor may still be incremented before the call. Arguments and errors are those of `adamw_`.
     """
     grads, params, exp_avgs, exp_avg_sqs = _checked(
         plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
@@ -325,10 +325,10 @@ def prepare_adamw_(
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"betas is {betas}; both must lie in [0, 1)")
     if not isinstance(step, Tensor):
-        # a fill, where a copy would wait for the device
+        # a fill: a copy would wait for the device
         step = torch.full((), float(step), dtype=torch.float32, device=plan.rows.device)
     elif torch.compiler.is_compiling():
-        pass  # a tracer knows sizes by symbols, and cannot name them in a message
+        pass  # a tracer has symbols for sizes, and cannot put them into a message
     elif step.dtype != torch.float32 or step.numel() not in (1, plan.segments) or step.device != plan.rows.device:
         raise ValueError(
             f"step is {step.dtype} {tuple(step.shape)} on {step.device}; it must be an int, or float32 [] or "
@@ -389,12 +389,12 @@ def _dispatched(update: Update) -> Tensor:
 
 
 def _run(run: Callable[[], Tensor], update: Update) -> Tensor:
-    """`update` is held until here: kernels are given addresses only."""
+    """Holds `update`, and with it the tensors, until the kernel is launched: kernels get addresses only."""
     try:
         stats = run()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"adamw_: {error}") from error
-    # What the dispatcher would have done: a backward through a graph that saved an old value must fail, not go wrong.
+    # As the dispatcher would have done: a backward that needs an old value must fail rather than be wrong.
     torch.autograd.graph.increment_version(update.params)
     return stats
 
@@ -402,14 +402,14 @@ def _run(run: Callable[[], Tensor], update: Update) -> Tensor:
 def _traced() -> bool:
     """True if ops are being recorded or redirected: calls then go through torch's dispatcher, at three times the cost.
 
-    Otherwise the kernel is called directly, which at 0.1 M parameters is a quarter of a step saved.
+    Otherwise the kernel is called directly, which saves a quarter of a step at 0.1 M parameters.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _checked(plan: Plan, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The lists, each of a tensor a segment (or the one flat buffer) of the right size, dtype, place and layout."""
-    if _traced():  # only what a tracer can follow: it knows no subclasses of tuple
+    """The lists, checked: a tensor for each segment, or the one flat buffer, all as the plan and the kernels need."""
+    if _traced():  # a tracer cannot follow subclasses of tuple
         _explain_all(plan, streams)
         return [list(tensors) for tensors in streams.values()]
     try:
@@ -424,7 +424,7 @@ def _checked(plan: Plan, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def _belongs(plan: Plan, name: str, stream: Stream) -> bool:
-    """True if the tensors, which are alike, are of a dtype that the kernels take, and on the plan's device."""
+    """True if the tensors, all of one dtype and device, have a dtype for the kernels and are on the plan's device."""
     dtypes = MOMENT_DTYPES if name in MOMENTS else FLOATS
     return not stream or (stream[0].dtype in dtypes and stream[0].device == plan.rows.device)
 
@@ -436,7 +436,7 @@ def _explain_all(plan: Plan, streams: dict[str, Sequence[Tensor]]) -> None:
 
 
 def _explain(plan: Plan, name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise for what is wrong with a stream; return if it is only laid out in another order than row-major."""
+    """Raise an error that names what is wrong with a stream; return if it is only not row-major."""
     bucket = plan.bucket
     if plan.flat:
         if len(tensors) != 1 or tensors[0].numel() < bucket.extent or not tensors[0].is_contiguous():
@@ -455,12 +455,14 @@ def _explain(plan: Plan, name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _check_layout(streams: dict[str, Sequence[Tensor]]) -> None:
-    """Kernels walk memory in order, so all tensors of a segment must be dense and laid out alike."""
+    """Kernels go through memory in order, so all tensors of a segment must be dense and have the same strides."""
     for name, tensors in streams.items():
         for i, (t, grad) in enumerate(zip(tensors, streams["grads"], strict=True)):
             require_dense(t, f"{name}[{i}]")
             if t.stride() != grad.stride() and not (t.is_contiguous() and grad.is_contiguous()):
-                raise ValueError(f"{name}[{i}] has strides {t.stride()}, grads[{i}] {grad.stride()}; must be alike")
+                raise ValueError(
+                    f"{name}[{i}] has strides {t.stride()}, grads[{i}] {grad.stride()}; they must be equal"
+                )
 
 
 def _check_states(plan: Plan, ema: Tensor | None, previous: Tensor | None, beta: float) -> None:

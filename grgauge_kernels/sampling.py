@@ -8,17 +8,17 @@ A choice is a function of sizes, budget and seed alone (and of the blocks a call
 generator state, is the same on every rank and after a resume, and stays fixed for as long as the EMA lives. Its cost is
 proportional to the budget, whatever the model's size: a segment of N blocks of which k are wanted is cut into k equal
 intervals, at a random place to begin, and a hash takes one block from each. So every block is taken with probability
-k / N, no two of its neighbours crowd, and nothing of length N is ever made.
+k / N, the chosen blocks are spread evenly, and nothing of length N is ever made.
 
-Gradients of embeddings have rows a thousand times heavier than the rest, and a sample that misses them does not know
-what it has missed. So blocks that were heavy once (`Bucket.heavy_blocks`) can be taken for certain, as a stratum of
-their own; the estimates stay unbiased whatever becomes of these blocks. On a word model, from its first
-step's gradients, that divides the error of GR_T by 10 to 17 and of GR_S by 14 to 30 (bench/results/sampling.png).
+Gradients of embeddings have rows a thousand times heavier than the rest, and a sample cannot know that it has missed
+them. So blocks that were heavy once (`Bucket.heavy_blocks`) can be taken for certain, as a stratum of their own.
+Estimates stay unbiased even if these blocks become light later. On a word model, from its first step's gradients, that
+divides the error of GR_T by 10 to 17 and of GR_S by 14 to 30 (bench/results/sampling.png).
 
 Standard errors come from random groups (Wolter, "Introduction to Variance Estimation", 2nd ed., ch. 2): the blocks of
 a segment are dealt into replicates, each of which is a small sample of its own, and their spread is the error. A kernel
-adds up per segment of its plan anyway; if a plan has a segment for each (tensor, replicate), the error costs no pass
-and no kernel. See `Bucket.plan(replicates=...)`.
+returns sums for each segment of its plan anyway; if a plan has a segment for each (tensor, replicate), the error costs
+no extra pass and no extra kernel. See `Bucket.plan(replicates=...)`.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ WHOLE = 8 * BLOCK
 """Segments up to this many elements are taken whole: sampling them saves nothing and costs their accuracy."""
 
 WHOLE_SHARE = 0.25
-"""Of the budget, for taking larger segments whole as well, from the smallest on.
+"""Share of the budget for taking larger segments whole as well, the smallest of them first.
 
 A small layer often holds most of a gradient: in bench/sampling.py's convolutional network the head does, with 0.2 % of
 the parameters. At a quarter of them that takes the error of GR_T from 17 % to 0.04 %.
 """
 
 REPLICATES = 512
-"""Replicates in all, about. They are given out in proportion to what is visited, within the bounds below, so that one
-segment's error is known if it holds most of the sample, and a thousand segments do not ask for thousands."""
+"""About how many replicates there are in all. Segments get them in proportion to what is visited, within the bounds
+below: so the error of one segment that holds most of the sample is known well, and a thousand segments do not need
+thousands."""
 
 FEWEST, MOST = 4, 32
-"""Replicates of one sampled segment. From FEWEST the spread has three degrees of freedom; those of many segments add
-up. It gets as many blocks at least, and one where no errors are wanted."""
+"""Replicates of one sampled segment. With FEWEST the spread has three degrees of freedom, and those of many segments
+add up. A segment gets at least as many blocks; one block where no errors are wanted."""
 
 CERTAIN_SHARE = 0.5
-"""Of a sampled segment's blocks, at most, that are taken for certain."""
+"""The largest share of a sampled segment's blocks that is taken for certain."""
 
 _MASK = 2**64 - 1
 
@@ -116,28 +117,29 @@ def kept_blocks(
 ) -> Ints:
     """How many blocks of each segment a budget of `sample` elements buys, int64 [segments].
 
-    Segments of up to 8 blocks are taken whole; larger ones too, from the smallest on, for `whole_share` of the budget.
-    The rest goes to the others in proportion to their size, `fewest` blocks at least. Rounding and that minimum may
-    exceed the budget by `fewest` blocks a segment, small segments by their size.
+    Segments of up to 8 blocks are taken whole, and so are larger ones, the smallest first, for `whole_share` of the
+    budget. The rest of it goes to the others in proportion to their size, at least `fewest` blocks each. Rounding and
+    that minimum may exceed the budget by `fewest` blocks for each segment, small segments by their size.
     """
     numel = np.asarray(sizes, dtype=np.int64)
     blocks = -(-numel // block)
     ascending = np.sort(numel)
-    # Segments of one size are bought together or not at all, lest their order decide.
+    # Segments of one size are taken together or not at all: their order must not matter.
     cost = np.cumsum(ascending)[np.searchsorted(ascending, ascending, side="right") - 1]
     largest = ascending[cost <= whole_share * sample].max(initial=WHOLE // BLOCK * block)
     whole = numel <= largest
     left, others = max(0, sample - int(numel[whole].sum())), int(numel[~whole].sum())
-    share = min(1.0, left / others) if others else 1.0
-    kept = np.maximum(np.rint(share * blocks).astype(np.int64), fewest)
-    return np.where(whole, blocks, np.minimum(kept, blocks))
+    if others <= left:
+        return blocks
+    kept = np.rint(left / others * numel / block).astype(np.int64)  # of elements: a segment's last block may be short
+    return np.where(whole, blocks, np.clip(kept, fewest, blocks))
 
 
 def chosen_blocks(seed: int, segment: int, blocks: int, kept: int) -> Ints:
     """`kept` different ones of `blocks` block numbers, ascending; each is taken with probability kept / blocks.
 
-    One from each of `kept` intervals, whose lengths differ by one at most; that the first begins at a random block, and
-    the last wraps around, makes all blocks alike.
+    One from each of `kept` intervals, whose lengths differ by at most one. The first interval begins at a random block
+    and the last wraps around, so all blocks are equally likely.
     """
     hashes = block_hash(seed, segment, kept + 1)
     edges = np.arange(kept + 1, dtype=np.int64) * blocks // kept
@@ -148,8 +150,9 @@ def chosen_blocks(seed: int, segment: int, blocks: int, kept: int) -> Ints:
 def dealt(seed: int, segment: int, kept: int, replicates: int) -> Ints:
     """The replicate of each of `kept` blocks in ascending order, int64 [kept].
 
-    Any run of `replicates` blocks, counted from the first, goes to as many replicates, so that each is spread over the
-    segment as the sample is; in an order of its own, lest a period in the tensor's layout meet that of the deal.
+    Counted from the first, each run of `replicates` blocks goes to as many replicates, one block to each, so that every
+    replicate is spread over the segment as the sample is. Each run is dealt in a random order of its own: a fixed order
+    could coincide with a period in the tensor's layout.
     """
     hashes = block_hash(seed, -1 - segment, -(-kept // replicates) * replicates)
     return np.argsort(hashes.reshape(-1, replicates), axis=1).ravel()[:kept]
@@ -168,8 +171,8 @@ def choose(
     """The blocks to visit.
 
     sizes       elements of each segment
-    sample      budget in elements over all segments, see `kept_blocks`
-    replicates  wanted over all segments, about; 0: one a segment. A segment that is taken whole has one: no error
+    sample      budget in elements for all segments, see `kept_blocks`
+    replicates  about how many to make in all; 0: one for each segment. A segment that is taken whole has one: no error
     certain     of each segment ascending block numbers, at most `most_certain` of them, to be taken in any case. They
                 are a part and a stratum of their own, before the replicates
 
@@ -204,7 +207,7 @@ def choose(
             parts = [np.arange(n, dtype=np.int64)]
         else:
             taken = chosen_blocks(seed, i, n - len(sure), k - len(sure))
-            taken += np.searchsorted(sure - np.arange(len(sure)), taken, side="right")  # the taken-th of the others
+            taken += np.searchsorted(sure - np.arange(len(sure)), taken, side="right")  # skips the certain blocks
             replicate = dealt(seed, i, len(taken), min(r, len(taken)))
             order = np.argsort(replicate, kind="stable")
             parts = np.split(taken[order], np.cumsum(np.bincount(replicate))[:-1])
@@ -241,8 +244,8 @@ def sampled_sums(stats: npt.ArrayLike, plan: Replicated) -> tuple[Floats, Floats
     stats   float [..., segments, k]: k sums over each segment of the plan, as from `measure_`, or anything linear in
             such (an EMA of them over steps)
 
-    Returns (sums [..., tensors, k], covariance [..., tensors, k, k]). Tensors are sampled apart: add both up for the
-    sums over all of them. The square roots of a covariance's diagonal are the standard errors. A tensor that is
+    Returns (sums [..., tensors, k], covariance [..., tensors, k, k]). Tensors are sampled independently: for the sums
+    over all of them, add up both. The square roots of a covariance's diagonal are the standard errors. A tensor that is
     visited whole has covariance 0; one that is sampled without replicates has nan: its error is not known.
 
     The estimate is Horvitz and Thompson's, with the number of visited elements in place of its expectation (Hajek): the
@@ -251,11 +254,11 @@ def sampled_sums(stats: npt.ArrayLike, plan: Replicated) -> tuple[Floats, Floats
 
         (N / v)^2 (1 - v / N) v / (R - 1) sum_r d_r d_r^T / v_r
 
-    unbiased if blocks are exchangeable (Wolter, Eq. 2.4.3, for v_r all alike), and on the safe side if neighbours are
-    more alike than blocks afar, from which an evenly spread sample gains. No formula can see what no block has seen: if
-    half a sum sits in one of a thousand blocks, most samples miss it and report an error that is too small. In
-    bench/sampling.py, at budgets of 1/4 to 1/64, intervals of 90 % hold GR_T in 71 to 100 % of samples, and GR_S in 74
-    to 100 %; on the word model without certain blocks in 39 to 88 % and 27 to 47 %.
+    unbiased if blocks are exchangeable (Wolter, Eq. 2.4.3, for equal v_r), and too large rather than too small if
+    neighbouring blocks resemble each other, since an evenly spread sample gains from that. No formula knows what the
+    sample has not seen: if half of a sum sits in one of a thousand blocks, most samples miss it and report an error
+    that is too small. In bench/sampling.py, at budgets of 1/4 to 1/64, intervals of 90 % hold GR_T in 71 to 100 % of
+    samples, and GR_S in 74 to 100 %; on the word model without certain blocks in 39 to 88 % and 27 to 47 %.
 
     Raises ValueError unless stats has a row for each segment.
     """

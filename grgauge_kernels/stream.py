@@ -1,7 +1,7 @@
-"""What an op is given: tensors, one a segment, and all that a kernel must know of them.
+"""Tensors as an op needs them: one for each segment, with everything that a kernel must know about them.
 
-An op cannot trust what it is given, and a training step at small sizes is mostly such checks. So they are made in one
-call for all tensors, by way of DLPack's exchange API where torch and the compiled library have it.
+An op checks everything that it is given, and with small tensors a training step consists mostly of checks. So one call
+looks up what they need for all tensors, through DLPack's exchange API where torch and the compiled library have it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from .backends import native
 
 
 class Stream(tuple[Tensor, ...]):
-    """Tensors of one device and dtype with what is known of them; an op takes it as it is.
+    """Tensors of one device and dtype, with their addresses, sizes and layouts; an op takes these as they are.
 
-    Whoever passes one to an op vouches that it still is right: `stands` tells.
+    Before you pass a stream that you have kept to an op, call `stands`: the op does not look at the tensors
+    again.
 
-    Raises RuntimeError for tensors without an address, as sparse ones are.
+    Args:
+        tensors: One for each segment, or the one flat buffer.
+
+    Raises:
+        RuntimeError: For tensors without an address, such as sparse ones.
 
     Attributes:
-        addresses: uint64 [tensors], of the first elements.
+        addresses: uint64 [tensors], the addresses of the first elements.
         sizes: uint64 [tensors], numbers of elements.
-        in_order: True if all are alike in device and dtype, and row-major.
+        in_order: True if all have one device and one dtype, and are row-major.
 
     Examples:
         >>> import torch
@@ -54,19 +59,23 @@ class Stream(tuple[Tensor, ...]):
         return self
 
     def stands(self, tensors: Sequence[Tensor] | None = None) -> bool:
-        """True if the tensors, or others in their place, have the addresses, sizes, dtypes and strides of the first."""
+        """True if the addresses, sizes, dtypes and strides are what they were when the stream was made.
+
+        Args:
+            tensors: Other tensors to compare in place of the stream's own.
+        """
         if tensors is None:
             return _describe(self, self._objects) == self._facts
         return Stream(tensors)._facts == self._facts
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
-    """uint64 [tensors], of the first elements."""
+    """The addresses of the first elements, uint64 [tensors]."""
     return tensors.addresses if isinstance(tensors, Stream) else array("Q", map(Tensor.data_ptr, tensors))
 
 
 def _describe(tensors: Sequence[Tensor], objects: array[int]) -> array[int]:
-    """uint64 [3 tensors]: addresses, numbers of elements, and kinds, whose lower half is 0 for row-major order."""
+    """uint64 [3 tensors]: addresses, numbers of elements, and kinds, the lower half of which is 0 if row-major."""
     describe = _through_dlpack()
     if describe is None:
         return _asked_one_by_one(tensors)
@@ -87,7 +96,7 @@ def _asked_one_by_one(tensors: Sequence[Tensor]) -> array[int]:
 
 @functools.cache
 def _through_dlpack() -> Callable[[array[int]], array[int]] | None:
-    """`_describe` by the compiled library, given the tensors' ids; None where it or torch's part of it is missing."""
+    """`_describe` by the compiled library, from the tensors' ids; None where the library or torch's API is missing."""
     library = native.load("grgauge_cpu", "a C++ compiler")
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if isinstance(library, str) or capsule is None:
@@ -97,7 +106,7 @@ def _through_dlpack() -> Callable[[array[int]], array[int]] | None:
     exchange_api = pointer_of(capsule, b"dlpack_exchange_api")
     if ctypes.c_uint32.from_address(exchange_api).value != 1:  # its major version
         return None
-    # PyDLL keeps the interpreter's lock and raises what the call has set.
+    # PyDLL keeps the interpreter's lock, and raises the exception that the call has set.
     function = ctypes.PyDLL(library._name).grgauge_cpu_describe
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 

@@ -1,9 +1,9 @@
 """One module a backend, all with the same three functions: unavailable(), measure_() and prepare_adamw_().
 
-The last takes all the memory that it needs and returns the call that does the rest, and the sums: a step over several
-buckets that runs out of memory then finds nothing changed.
+prepare_adamw_() allocates all the memory that it needs, and returns the call that does the rest and returns the sums:
+when a step over several buckets runs out of memory, nothing has been changed yet.
 
-`..ops` holds their contract and is the only module that chooses among them.
+`ops` documents what they must do, and is the only module that chooses among them.
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ class Update(NamedTuple):
 
     @property
     def bfloat16_moments(self) -> bool:
-        """True if the moments are stored in bfloat16, and so rounded stochastically."""
+        """True if the moments are stored in bfloat16, and therefore rounded stochastically."""
         return self.exp_avgs[0].dtype == torch.bfloat16

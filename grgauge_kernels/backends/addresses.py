@@ -1,6 +1,6 @@
-"""Addresses of loose tensors, in device memory: uploaded when one has changed, else found again.
+"""Addresses of loose tensors in device memory: uploaded when one has changed, otherwise reused.
 
-Calls captured in a CUDA graph read a table that an earlier call has uploaded.
+A call captured in a CUDA graph reads a table that an earlier call has uploaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _upload(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The table, and the event after which it is there; None where there is nothing to wait for."""
+    """The table, and the event that marks the end of its upload; None where there is nothing to wait for."""
     table = torch.tensor(addresses, dtype=torch.int64)
     if device.type == "cpu":
         return table, None

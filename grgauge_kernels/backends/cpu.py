@@ -34,7 +34,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def isa(choose: str | None = None) -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable". With `choose`, switched to that if it can run."""
+    """The instruction set in use: "avx512", "avx2" or "portable". With `choose`, that one, if it can run."""
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)

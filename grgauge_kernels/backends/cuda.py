@@ -1,7 +1,7 @@
 """The CUDA C++ kernels, through their C ABI: two launches a bucket, one for the chunks and one for the sums.
 
-Both ops can be captured in a CUDA graph; with loose tensors after one call outside the capture with the same tensors,
-which uploads their addresses.
+Both ops can be captured in a CUDA graph. With loose tensors, call them once with the same tensors before the capture:
+that call uploads their addresses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
     launch = _prepared("adamw_", task, u.rows, [u.grads, u.params, u.exp_avgs, u.exp_avg_sqs], u.lr_tensor)
 
     def update() -> Tensor:
-        count = u.step.contiguous()  # now and not before: it may have counted on
+        count = u.step.contiguous()  # read only now: it may have been incremented since
         task.update(u, count, u.lr)
         launch()
         return stats
@@ -89,7 +89,7 @@ def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
 def _prepared(
     op: str, task: native.Pass, rows: Tensor, streams: Sequence[Sequence[Tensor]], lr_tensor: Tensor | None = None
 ) -> Callable[[], None]:
-    """The launch of a pass for which all memory is there."""
+    """The launch of a pass whose memory is all allocated."""
     library = _load()
     assert not isinstance(library, str)
     with torch.cuda.device_of(rows):
@@ -115,7 +115,7 @@ def _prepared(
 
 
 def _place(task: native.Pass, streams: Sequence[Sequence[Tensor]], device: torch.device) -> None:
-    """Tell the pass where its streams are."""
+    """Give the pass the addresses of its streams."""
     segments = len(streams[0])
     if segments <= 1:
         places = [stream[0].data_ptr() if stream else None for stream in streams]

@@ -66,12 +66,12 @@ class Pass(ctypes.Structure):
         beta: float,
         inv_scale: Tensor | None,
     ) -> None:
-        """A pass that measures. The addresses of the gradients are left to the backend."""
+        """A pass that measures. The backend adds the addresses of the gradients."""
         self.rows, self.chunks, self.segments = rows.data_ptr(), rows.shape[0], segments
         self.flat = len(grads) == 1
         self.grad_dtype = DTYPES[grads[0].dtype] if grads else 0
         self.beta = beta
-        # What is not there stays null.
+        # Fields that are not set stay null.
         if stats is not None:
             self.stats = stats.data_ptr()
         if ema is not None:
@@ -82,7 +82,7 @@ class Pass(ctypes.Structure):
             self.inv_scale = inv_scale.data_ptr()
 
     def update(self, u: Update, step: Tensor, lr: float) -> None:
-        """Add AdamW; again without the addresses."""
+        """Add AdamW, without addresses as well."""
         self.param_dtype = DTYPES[u.params[0].dtype]
         self.moment_dtype = DTYPES[u.exp_avgs[0].dtype]
         self.step_per_segment = step.numel() > 1
@@ -105,7 +105,7 @@ def address(t: Tensor | None) -> int | None:
 def load(name: str, compiler: str) -> ctypes.CDLL | str:
     """The library `name` that `compiler` makes, or why there is none."""
     file = _NAME.get(sys.platform, "lib{}.so").format(name)
-    # An editable install has two homes, the sources and the built library's; a wheel has one.
+    # An editable install has two folders, one of the sources and one of the built library; a wheel has one.
     homes = sys.modules["grgauge_kernels"].__path__
     found = [path for home in homes if (path := Path(home) / "lib" / file).exists()]
     if not found:

@@ -88,10 +88,10 @@ def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
 def rounded(x: Tensor, random: Tensor) -> Tensor:
     """float32 -> bfloat16, to the neighbour away from zero with probability (distance from the other) / (their gap).
 
-    random   int64, 16 random bits an element: added to those that bfloat16 has no room for, their carry decides
+    random   int64, 16 random bits for each element, added to the bits that bfloat16 drops: the carry decides
 
-    Right on average for subnormals too. NaN and infinities stay what they are. Between the largest bfloat16 and
-    infinity there is no mean to keep: such a number becomes that bfloat16, so no finite number turns infinite.
+    Right on average, also for subnormals. NaN and infinities stay as they are. A number between the largest bfloat16
+    and infinity has no two neighbours to average: it becomes the largest bfloat16, so no finite number turns infinite.
     """
     bits = x.view(torch.int32) + torch.where(x.abs() <= LARGEST_BFLOAT16, random, 0).int()
     return torch.where(x.isnan(), torch.nan, (bits >> 16).short().view(torch.bfloat16))
@@ -100,10 +100,10 @@ def rounded(x: Tensor, random: Tensor) -> Tensor:
 def random_bits(seed: int, step: int, segment: int, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The 16 bits that round an element's parameter and its two moments: int64, a tensor each, shaped like index.
 
-    index   int64, the element's place in its segment; it counts modulo 2^32, as everything here
+    index   int64, the element's place in its segment; all arithmetic here is modulo 2^32
 
-    A hash of two rounds, with a key before each: only with one, the bits of one step would be another step's in
-    another order.
+    A hash of two rounds, each with a key of its own. With one key, the bits of one step would be those of another step
+    in another order.
     """
     first = _mix(_mix(_mix(seed) ^ step) ^ segment)
     second = _mix(first ^ GOLDEN)

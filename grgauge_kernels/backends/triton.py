@@ -38,10 +38,10 @@ except Exception as error:  # a broken installation raises anything; the other b
     _broken = f"triton cannot be imported ({error}): reinstall it with pip install --force-reinstall triton"
 
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-"""Triton decides when a kernel is defined: what happens to the environment after this import does not count."""
+"""Triton reads the environment when a kernel is defined: changes after this import have no effect."""
 
 THREADS = 128
-"""Threads a program. A program is one chunk, so several of them share a multiprocessor and hide each other's loads."""
+"""Threads per program. One visits one chunk, so several share a multiprocessor and hide each other's loads."""
 
 FACTOR1, FACTOR2, GOLDEN = (
     (None, None, None) if triton is None else map(tl.constexpr, (*reference.FACTORS, reference.GOLDEN))
@@ -51,7 +51,7 @@ TILE = 256
 """Rows of sums that are added at once."""
 
 TILED = 4096
-"""Above this many rows whole tiles are added up in a launch of their own, lest one segment do it all in sequence."""
+"""Above this many rows, whole tiles are added up first: one program would take long for all rows of a large segment."""
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -106,7 +106,7 @@ def _prepared(
     inv_scale: Tensor | None,
     u: Update | None = None,
 ) -> Callable[[], Tensor]:
-    """The launches of a pass for which all memory is there: running out of it must find nothing changed."""
+    """The launches of a pass whose memory is all allocated: running out of memory must not leave anything changed."""
     sums = u is None or u.sums
     chunks = rows.shape[0]
     stats = rows.new_empty((segments if sums else 0, 6), dtype=torch.float64)
@@ -123,9 +123,9 @@ def _prepared(
 
     def launch() -> Tensor:
         with device:
-            count = None if u is None else u.step.contiguous()  # now and not before: it may have counted on
+            count = None if u is None else u.step.contiguous()  # read only now: it may have been incremented since
             if chunks:
-                # A tensor of each list also tells the kernel the dtype, which an address does not.
+                # One tensor of each list gives the kernel the dtype, which an address does not have.
                 bases: list[Tensor | None] = [tensors[0] for tensors in streams]
                 visit_kernel[(chunks,)](
                     rows,
@@ -169,7 +169,7 @@ def _scalars(u: Update | None) -> tuple[float, ...]:
 
 
 def _elements(streams: Sequence[Sequence[Tensor]], ema: Tensor | None, previous: Tensor | None) -> int:
-    """Elements that a thread moves at a time: 16 bytes.
+    """Elements that a thread moves at once: 16 bytes.
 
     Two-byte streams beside float32 ones get 8 bytes, still 256 in a row for a warp: with 16, Triton sends every float32
     store through shared memory, and needs 64 to 102 registers on sm_90 where it now needs 40.
@@ -179,7 +179,7 @@ def _elements(streams: Sequence[Sequence[Tensor]], ema: Tensor | None, previous:
 
 
 def _tiles(rows: Tensor) -> Tensor | None:
-    """Room for the sums of whole tiles, float64 [tiles, 8], where there are enough chunks to want them."""
+    """Memory for the sums of whole tiles, float64 [tiles, 8]; None where there are too few chunks for tiles to pay."""
     return rows.new_empty((len(rows) // TILE, 8), dtype=torch.float64) if len(rows) > TILED else None
 
 
@@ -204,7 +204,7 @@ def _options(device: torch.device) -> dict[str, Any]:
 
 
 def _jit(**options: Any) -> Any:
-    """triton.jit, or nothing at all where triton is missing."""
+    """triton.jit; the function itself where triton is missing."""
     return (lambda function: function) if triton is None else triton.jit(**options)
 
 
@@ -215,7 +215,7 @@ _POINTERS = [
 ]  # fmt: skip
 
 
-# Alignment is looked up chunk by chunk, so a kernel compiled for every alignment of its arguments would gain nothing.
+# Alignment is checked chunk by chunk, so kernels specialised on the alignment of their arguments would gain nothing.
 @_jit(do_not_specialize_on_alignment=_POINTERS)
 def visit_kernel(
     rows,
@@ -286,7 +286,7 @@ def visit_kernel(
         first = _mix(_mix(_mix(tl.cast(seed, tl.uint32)) ^ count) ^ segment.to(tl.uint32))
         second = _mix(first ^ GOLDEN)
         place = offset if origins is None else offset - tl.load(origins + segment)
-        first += place.to(tl.uint32)  # of the chunk's first element
+        first += place.to(tl.uint32)  # offsets of the chunk's first element
     if param is not None:
         param = _element(param, table, segment * STREAMS + 1, offset)
         exp_avg = _element(exp_avg, table, segment * STREAMS + 2, offset)
@@ -322,7 +322,7 @@ def visit_kernel(
         ZERO_GRAD, MAXIMIZE, STOCHASTIC_PARAM, STOCHASTIC_MOMENTS, LARGEST, partials is not None, LANES, LANES, False,
     )  # fmt: skip
     if partials is not None:
-        # Each join adds an axis of two behind the others, so the first one divides columns 0-3 from 4-7.
+        # Each join adds an axis of two after the others, so the first one separates columns 0-3 from 4-7.
         even = tl.join(tl.join(grad_sq, delta_abs), tl.join(grad_abs, zero))
         odd = tl.join(tl.join(ema_sq, nonfinite), tl.join(delta_sq, zero))
         sums = tl.reshape(tl.sum(tl.join(even, odd), axis=0), (8,))
@@ -372,7 +372,7 @@ def _visit(
 
     Aligned: unmasked 16-byte accesses, and end - begin is a multiple of BLOCK. Else masked, element by element.
 
-    A sum is added as soon as its element is known, and a state is stored before the next one is loaded: registers.
+    To save registers, a sum is added as soon as its element is known, and a state is stored before the next is loaded.
     """
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -440,7 +440,7 @@ def _visit(
 def _element(base, table, place, offset):
     """Pointer to the element `offset` of the tensor whose address stands at `place`, or of the flat `base`.
 
-    Made from an integer in either case: on ROCm, Triton takes pointer arguments apart and loses the hint of `_at`.
+    Made from an integer in either case: on ROCm, Triton splits pointer arguments and loses the hint of `_at`.
     """
     address = base.to(tl.int64) if table is None else tl.load(table + place)
     return (address + offset * (base.dtype.element_ty.primitive_bitwidth // 8)).to(base.dtype)
@@ -448,14 +448,14 @@ def _element(base, table, place, offset):
 
 @_jit()
 def _at(pointer, i, ALIGNED: tl.constexpr):
-    """Pointers to a block; the hint belongs to this block alone, for elsewhere the same pointer may be misaligned."""
+    """Pointers to a block. The hint is for this block only: elsewhere the same pointer may be misaligned."""
     pointers = pointer + i
     return tl.multiple_of(pointers, 16) if ALIGNED else pointers
 
 
 @_jit()
 def _load(pointers, mask):
-    # Zero adds nothing to any sum, so masked elements need no further care.
+    # Zero adds nothing to any sum, so masked elements need no other handling.
     x = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
     return x.to(tl.float32)
 
@@ -470,7 +470,7 @@ def _mix(x):
 
 @_jit()
 def _random(i, first, second):
-    """32 random bits for each element of a chunk: `reference.random_bits`, before they are shared out."""
+    """32 random bits for each element of a chunk: `reference.random_bits` before they are split."""
     x = first + i.to(tl.uint32)
     x = (x ^ (x >> 16)) * FACTOR1
     x = (x ^ (x >> 15) ^ second) * FACTOR2
@@ -479,7 +479,7 @@ def _random(i, first, second):
 
 @_jit()
 def _store(pointers, x, random, STOCHASTIC: tl.constexpr, mask):
-    """Store x as bfloat16 to one of its two neighbours, as 16 random bits say; see `reference.rounded`."""
+    """Store x as one of its two neighbours in bfloat16, chosen by 16 random bits; see `reference.rounded`."""
     if STOCHASTIC:
         bits = x.to(tl.uint32, bitcast=True)
         bits += tl.where((bits & 0x7FFFFFFF) <= 0x7F7F0000, random, 0)
@@ -501,7 +501,7 @@ def _lanes(x, LANES: tl.constexpr):
 
 @_jit()
 def tile_kernel(partials, tiles, TILE: tl.constexpr):
-    """Add up one tile of chunks, whatever segments they are of: float64 [chunks // TILE, 8]."""
+    """Add up one tile of chunks, whatever segments they belong to: float64 [chunks // TILE, 8]."""
     tile = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, 8)
     total = _add(tl.zeros((TILE, 8), tl.float64), partials, tile * TILE, tile * TILE + TILE, TILE)
@@ -510,7 +510,7 @@ def tile_kernel(partials, tiles, TILE: tl.constexpr):
 
 @_jit(do_not_specialize=["chunks"])
 def reduce_kernel(rows, partials, tiles, found_inf, stats, chunks, TILE: tl.constexpr):
-    """Add up the chunks of one segment, in an order that the plan alone decides; 0 for a segment without chunks.
+    """Add up the chunks of one segment, in an order that depends on the plan only; 0 for a segment without chunks.
 
     tiles   what `tile_kernel` wrote; the tiles inside the segment are taken from it. None: chunk by chunk
     """

@@ -4,9 +4,9 @@ AdamW    torch.optim.AdamW whose step also takes the gauges' sums
 Gauge    GR_T, GR_S, noise scale and gradient norm of a training run
 GradES   freezes weight matrices one by one, as their gradients come to rest
 Policy   what to do about readings: Continue, Retune to another Config, or Stop
-tune     trains with a training function of your own, at a learning rate and batch size found on the way
+tune     trains with your own training function, and finds learning rate and batch size on the way
 Advisor, Autopilot   print what the policy says about a run, or act on it within the run
-suggest  learning rate and batch size of the next trial, from the readings of one before
+suggest  learning rate and batch size of the next trial, from the readings of the last one
 verdict  what a reading says about learning rate and batch size
 """
 
@@ -54,5 +54,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names; folders are importable, and nobody's business."""
+    """The public names only; folders are importable, but not public."""
     return __all__

@@ -1,8 +1,8 @@
 """Every private name of torch that grgauge uses: each one here, once, with the reason for it.
 
-All are in torch 2.11 and in 2.13, the versions that the tests have run with. A torch without one of them is refused in
-one sentence. (grgauge_kernels uses a single one, torch._C._len_torch_dispatch_stack, in ops.py, to learn if ops are
-being recorded.)
+All are in torch 2.11 and in 2.13, the versions that the tests have run with. A torch without one of them is refused
+with a message that names it. (grgauge_kernels uses a single one, torch._C._len_torch_dispatch_stack, in ops.py, to find
+out whether ops are being recorded.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _private(module: str, name: str, reason: str) -> Any:
         ) from error
 
 
-# torch.compiler.disable is the public one, and imports the whole compiler as soon as it is named.
+# The public name, torch.compiler.disable, imports the whole compiler.
 disable_dynamo: Callable[[Any], Any] = _private("torch._compile", "_disable_dynamo", "to leave a compiled graph")
 
 # An op that only calls back must neither be dropped from a graph nor moved in it.
@@ -33,16 +33,16 @@ _EFFECTS = "torch._higher_order_ops.effects"
 _effect_type = _private(_EFFECTS, "_EffectType", "to keep an op in its place in a compiled graph")
 _register_effectful_op = _private(_EFFECTS, "_register_effectful_op", "to keep an op in its place in a compiled graph")
 
-# Hooks on every optimizer's step: there is no public way to learn if there are any.
+# Hooks on every optimizer's step: there is no public way to see whether there are any.
 _HOOKS = "torch.optim.optimizer", "to run the hooks of all optimizers"
 _global_pre_hooks = _private(_HOOKS[0], "_global_optimizer_pre_hooks", _HOOKS[1])
 _global_post_hooks = _private(_HOOKS[0], "_global_optimizer_post_hooks", _HOOKS[1])
 
-# The lazy initialisation of torch's own Adam, for what its code updates.
+# The lazy initialisation of torch's own Adam, for parameters that its code updates.
 init_states_like_torch: Callable[..., bool] = _private("torch.optim", "Adam", "to let it update")._init_group
 
 
-# DDP's hook is given one, and its annotation must name this very class; None where torch has no distributed package.
+# The argument of DDP's hook, whose annotation must name this very class; None where torch has no distributed package.
 GradBucket: Any = getattr(torch.distributed, "GradBucket", None)
 
 
@@ -52,7 +52,7 @@ def keep_in_order(op: Any) -> None:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """True if a step has hooks to run, its own or those of all optimizers."""
+    """True if a step has hooks to run: its optimizer's own, or those of all optimizers."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return bool(own or _global_pre_hooks or _global_post_hooks)
 
@@ -65,7 +65,7 @@ def is_profiled() -> bool:
 def unwrapped_step(step: Callable[..., Any]) -> None:
     """Keep Optimizer.__init__ from wrapping this step in bookkeeping for hooks and profiler, a fifth of a small step.
 
-    `hooked` is what torch marks a step with that is wrapped already.
+    torch sets `hooked` on a step that is wrapped already.
     """
     step.hooked = True  # type: ignore[attr-defined]
 
@@ -76,17 +76,17 @@ def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
 
 
 def scaling_attempt(scaler: torch.amp.GradScaler) -> object:
-    """An object that is another one after each update(): what tells the attempts at a step apart."""
+    """An object that each update() replaces: two attempts at a step have different ones."""
     return scaler._per_optimizer_states
 
 
 def has_comm_hook(module: nn.parallel.DistributedDataParallel) -> bool:
-    """True if DDP has a communication hook, of which it takes one."""
+    """True if the module has a communication hook; DDP takes only one."""
     return bool(module._comm_hooks)
 
 
 def reduce_scatter_base() -> type:
-    """The base class of what FSDP2's set_custom_reduce_scatter takes. Raises ImportError where there is none."""
+    """The base class that FSDP2's set_custom_reduce_scatter expects. Raises ImportError where there is none."""
     base: type = _private("torch.distributed.fsdp._fully_shard._fsdp_api", "ReduceScatter", "to read FSDP2's ranks")
     return base
 
@@ -101,3 +101,11 @@ def fsdp_param_groups(module: Any) -> list[Any]:
 def flattened_group(mesh: Any) -> Any:
     """The process group of all ranks of a mesh of several dimensions."""
     return mesh._flatten().get_group()
+
+
+def local_shape_and_offset(shape: Any, mesh: Any, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What part of a tensor of this shape a rank of the mesh holds: its shape, and where it begins."""
+    module = "torch.distributed.tensor._utils"
+    find = _private(module, "compute_local_shape_and_global_offset", "to number the elements of a shard")
+    found: tuple[tuple[int, ...], tuple[int, ...]] = find(shape, mesh, placements)
+    return found

@@ -13,7 +13,7 @@ class SegmentReading:
     """One parameter's share of a reading.
 
     Attributes:
-        name: the parameter's name if the optimizer was given names, else "group.index".
+        name: the parameter's name if the optimizer knows it, else "group.index".
         numel: its elements.
         gr_t: GR_T of it alone, None before its first gradient.
         grad_norm: L2 norm of its gradient at the reading.
@@ -39,7 +39,7 @@ class Reading:
         batch_size: global batch in samples.
         gr_t: temporal redundancy V^/|m^|^2 ("GR-Gauge", Eq. 18). At beta = 0.9: 1 if all gradients agree, 19 if
             successive ones are uncorrelated, 361 if each is the opposite of the one before.
-        gr_t_error: standard error of gr_t about its recent level.
+        gr_t_error: standard error of gr_t around its recent level.
         finite_time_factor: (1-b^t)/(1+b^t), the share of its final value that uncorrelated gradients read after
             t steps. A target for gr_t is multiplied by it.
         gr_s: spatial redundancy (G2+S)/(B G2+S), in (0, 1] ("GR-Gauge", Lemma 2).
@@ -50,10 +50,10 @@ class Reading:
             was skipped.
         nonfinite: non-finite gradient elements since the last reading.
         ready: True if every gauge that is available has seen enough to be acted on.
-        notes: why something is missing or not ready, and what was read where that is not plain, in words.
+        notes: why a quantity is missing or not ready, and what was read where that is not obvious.
 
     Args:
-        table: makes `segments`.
+        table: called once, to make `segments`.
 
     Examples:
         >>> from grgauge import Reading
@@ -86,9 +86,9 @@ class Reading:
 
     @functools.cached_property
     def segments(self) -> tuple[SegmentReading, ...]:
-        """The per-segment table, one row a parameter, made when it is first asked for."""
+        """The per-segment table, one row for each parameter, made on first use."""
         made: tuple[SegmentReading, ...] = self.__dict__["_table"]()
-        self.__dict__["_table"] = tuple  # what it was made from can go
+        self.__dict__["_table"] = tuple  # what it was made from is not needed any more
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Reading:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reading:
-        """The reading that `to_dict` made plain, also after a round trip through JSON.
+        """The reading that `to_dict` was called on, also after a round trip through JSON.
 
         Args:
             values: all fields, with or without "segments".

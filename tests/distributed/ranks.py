@@ -418,6 +418,23 @@ def refusals():
     return messages
 
 
+@on(2, 4)
+def rounded():
+    """Weights and moments rounded stochastically, sharded and whole; every rank sees the whole batch."""
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("whole", "sharded"):
+            net = network().to(dtype)
+            model = net if kind == "whole" else fsdp(*((2, 2) if dist.get_world_size() == 4 else ()), net=net)
+            optimizer = adamw(model.parameters(), state_dtype=torch.bfloat16, stochastic_rounding=True)
+            for t in range(STEPS):
+                optimizer.zero_grad()
+                mse(model, [rows.to(dtype) for rows in batch(t, 0, 1)]).backward()
+                optimizer.step()
+            results[dtype, kind] = weights(model)
+    return results
+
+
 @on(2)
 def checkpointed_optimizer():
     """grgauge.AdamW through torch.distributed.checkpoint's state_dicts, and on to torch.optim.AdamW's."""

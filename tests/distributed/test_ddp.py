@@ -76,7 +76,7 @@ def test_compression_that_does_not_says_so(two):
     for reading in seen[4:]:
         assert reading["gr_s"] is None
         assert reading["gr_t"] > 1
-        assert any("comm_hook does not yield the mean" in note for note in reading["notes"])
+        assert any("comm_hook does not return the mean" in note for note in reading["notes"])
 
 
 @EITHER
@@ -252,7 +252,7 @@ def test_one_rank_is_one_group(world_of_one, wrap, make):
     reading = gauge.reading()
     assert reading.gr_t > 1
     assert reading.gr_s is None
-    assert reading.notes == ("GR_S not available: one rank is one group, and it needs at least two",)
+    assert reading.notes == ("GR_S not available: there is one rank, and GR_S needs at least two",)
 
 
 def test_batches_differ_and_parts_make_up_the_whole():

@@ -57,3 +57,11 @@ def test_our_optimizer_in_torchs_distributed_state_dicts(two):
         assert "layers.0.weight" in results["names"]
         assert torch.equal(results["ours"], results["straight"])
         torch.testing.assert_close(results["torch's"], results["straight"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world", ["two", "four"])
+def test_shards_round_as_the_whole_parameters_do(request, world, dtype):
+    """So no two shards draw the same random bits, and replicas do."""
+    for results in request.getfixturevalue(world)["rounded"]:
+        assert torch.equal(results[dtype, "sharded"], results[dtype, "whole"])

@@ -145,7 +145,7 @@ def test_a_reading_can_be_kept_in_any_form():
 
 @pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_gauge_refuses_to_be_copied_and_says_what_to_do(how):
-    with pytest.raises(TypeError, match=r"neither pickled nor copied: keep gauge.state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"neither pickled nor copied: save gauge.state_dict\(\)"):
         how(Run(OPTIMIZERS["SGD"]).gauge)
 
 

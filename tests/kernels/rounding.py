@@ -22,16 +22,17 @@ EDGES = torch.tensor(
 )  # fmt: skip
 
 
-def draw(sizes: list[int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+def draw(sizes: list[int], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, generator=generator) * 2.0 ** ((k % 5) * 3 - 6)).to(dtype) for k, n in enumerate(sizes)]
+    scaled = (torch.randn(n, generator=generator) * 2.0 ** ((k % 5) * 3 - 6) for k, n in enumerate(sizes))
+    return [t.to(device, dtype) for t in scaled]
 
 
 def lay(tensors: list[Tensor], flat: bool) -> tuple[list[Tensor], list[Tensor]]:
     """(the segments, the stream that an op takes for them); in a flat buffer there are gaps between them."""
     if not flat:
         return tensors, tensors
-    buffer = torch.zeros(sum(t.numel() + 3 for t in tensors) + 5, dtype=tensors[0].dtype)
+    buffer = torch.zeros(sum(t.numel() + 3 for t in tensors) + 5, dtype=tensors[0].dtype, device=tensors[0].device)
     views, start = [], 5
     for t in tensors:
         views.append(buffer[start : start + t.numel()].copy_(t))
@@ -39,8 +40,8 @@ def lay(tensors: list[Tensor], flat: bool) -> tuple[list[Tensor], list[Tensor]]:
     return views, [buffer]
 
 
-def bits(segment: int, n: int, step: int = STEP) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.random_bits(SEED, step, segment, torch.arange(n))
+def bits(segment: int, like: Tensor, step: int = STEP) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.random_bits(SEED, step, segment, torch.arange(len(like), device=like.device))
 
 
 def updated_moments(
@@ -64,10 +65,10 @@ def updated_moments(
     exp_avgs, firsts = lay([torch.zeros_like(g, dtype=torch.bfloat16) for g in grads], flat)
     exp_avg_sqs, seconds = lay([torch.zeros_like(g, dtype=torch.bfloat16) for g in grads], flat)
     for name in [name for name, wanted in options.items() if wanted is ...]:
-        options[name] = torch.zeros(plan.states)
+        options[name] = torch.zeros(plan.states, device=grads[0].device)
     arguments = {"step": STEP, "lr": 1e-3, "betas": (0.75, 0.0), "eps": 1.0, "weight_decay": 0.0, "seed": SEED}
     stats = gk.adamw_(
-        params, stream, firsts, seconds, plan, inv_scale=torch.tensor(SCALE), backend=backend,
+        params, stream, firsts, seconds, plan, inv_scale=torch.tensor(SCALE, device=grads[0].device), backend=backend,
         **{**arguments, **options},
     )  # fmt: skip
     return seen, exp_avgs, exp_avg_sqs, stats
@@ -81,13 +82,19 @@ def assert_rounded(ours: Tensor, exact: Tensor, random: Tensor) -> None:
 
 
 def check_moments(
-    backend: str, grad: torch.dtype, param: torch.dtype, flat: bool, sizes: list[int] = SIZES, **options: object
+    backend: str,
+    grad: torch.dtype,
+    param: torch.dtype,
+    flat: bool,
+    sizes: list[int] = SIZES,
+    device: str = "cpu",
+    **options: object,
 ) -> None:
     """Both moments are rounded as `reference.rounded` says, and the sum of squares is taken before that."""
-    grads = draw(sizes, grad)
+    grads = draw(sizes, grad, device=device)
     seen, exp_avgs, exp_avg_sqs, stats = updated_moments(backend, grads, param, flat, **options)
     for i, g in enumerate(seen):
-        _, of_m, of_v = bits(i, len(g))
+        _, of_m, of_v = bits(i, g)
         assert_rounded(exp_avgs[i], g / 4, of_m)
         assert_rounded(exp_avg_sqs[i], g * g, of_v)
         if options.get("sums", True) and "ema" not in options:
@@ -97,11 +104,11 @@ def check_moments(
         assert abs(float(stats[:, 1].sum() / stored) - 1) > 1e-6  # the rounded ones would have another sum
 
 
-def check_edges(backend: str) -> None:
+def check_edges(backend: str, device: str = "cpu") -> None:
     """Subnormals, infinities, NaN and what lies beyond the largest bfloat16."""
-    seen, (m,), (v,), _ = updated_moments(backend, [EDGES / SCALE])
+    seen, (m,), (v,), _ = updated_moments(backend, [(EDGES / SCALE).to(device)])
     g = seen[0]
-    _, of_m, of_v = bits(0, len(g))
+    _, of_m, of_v = bits(0, g)
     assert_rounded(m, g / 4, of_m)
     assert_rounded(v, g * g, of_v)
     assert torch.equal(m.isinf(), (g / 4).isinf())
@@ -113,25 +120,27 @@ def check_edges(backend: str) -> None:
     assert (v[huge] == reference.LARGEST_BFLOAT16).all()
 
 
-def check_params(backend: str, moment: torch.dtype, grad: torch.dtype, sizes: list[int] = SIZES) -> None:
+def check_params(
+    backend: str, moment: torch.dtype, grad: torch.dtype, sizes: list[int] = SIZES, device: str = "cpu"
+) -> None:
     """bfloat16 parameters take the third part of the random bits; where their results end does not change the moments.
 
     Without a gradient, with eps = 1 and lr = 4 or 3, the parameter becomes two or 1.5 times what -exp_avg was, exactly.
     """
     lr = 4.0 if moment == torch.float32 else 3.0  # a half of a bfloat16 three times: two places too many
-    exp_avgs = draw(sizes, moment, seed=1)
+    exp_avgs = draw(sizes, moment, seed=1, device=device)
     if moment == torch.float32:
-        beyond = torch.tensor([3.3895313892515355e38, 3.39e38, -3.4028e38, 1e-40, torch.nan])
+        beyond = torch.tensor([3.3895313892515355e38, 3.39e38, -3.4028e38, 1e-40, torch.nan], device=device)
         exp_avgs[-1][: len(beyond)] = -beyond / 2
     targets = [-(m.float() / 2) * lr for m in exp_avgs]
-    params = [torch.zeros(n, dtype=torch.bfloat16) for n in sizes]
+    params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in sizes]
     params[-1][6], exp_avgs[-1][6], targets[-1][6] = torch.inf, 0.0, torch.inf
-    grads = [torch.zeros(n, dtype=grad) for n in sizes]
-    steps = torch.arange(1000.0, 1000 + len(sizes))
+    grads = [torch.zeros(n, dtype=grad, device=device) for n in sizes]
+    steps = torch.arange(1000.0, 1000 + len(sizes), device=device)
     gk.adamw_(
         params, grads, exp_avgs, [torch.zeros_like(m) for m in exp_avgs], gk.Bucket(params).plan(), step=steps, lr=lr,
         betas=(0.5, 0.5), eps=1.0, weight_decay=0.0, seed=SEED, stochastic_rounding=True, backend=backend,
     )  # fmt: skip
     for i, (p, target) in enumerate(zip(params, targets, strict=True)):
-        of_param, _, _ = bits(i, len(p), step=int(steps[i]))
+        of_param, _, _ = bits(i, p, step=int(steps[i]))
         assert_rounded(p, target, of_param)

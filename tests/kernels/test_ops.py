@@ -170,9 +170,9 @@ def test_streams_laid_out_differently_are_refused():
     rows, columns = torch.randn(4, 6), torch.randn(6, 4).t()
     plan = gk.Bucket([rows]).plan()
     states = [torch.zeros(4, 6)], [torch.zeros(4, 6)]
-    with pytest.raises(ValueError, match=r"params\[0\] has strides .*; must be alike"):
+    with pytest.raises(ValueError, match=r"params\[0\] has strides .*; they must be equal"):
         gk.adamw_([rows], [columns], *states, plan, **PLAIN)
-    with pytest.raises(ValueError, match=r"params\[0\] has strides .*; must be alike"):
+    with pytest.raises(ValueError, match=r"params\[0\] has strides .*; they must be equal"):
         gk.adamw_([columns], [rows], *states, plan, **PLAIN)
 
 

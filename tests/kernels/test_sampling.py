@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import grgauge_kernels as gk
@@ -102,6 +102,7 @@ def test_any_run_of_blocks_is_dealt_to_as_many_replicates(seed, kept, replicates
 
 
 @given(sizes=SIZES, sample=st.integers(1, 200 * BLOCK), fewest=st.sampled_from([1, FEWEST]))
+@example(sizes=[31 * BLOCK + 1], sample=7565, fewest=1)  # a last block of one element counts as one element
 def test_the_budget_is_met_within_rounding(sizes, sample, fewest):
     kept = kept_blocks(sizes, sample, fewest=fewest)
     blocks = -(-np.array(sizes) // BLOCK)

@@ -1,6 +1,6 @@
 """The command line: `grgauge demo`, `grgauge tune` and `grgauge doctor`.
 
-Nothing heavy is imported before the arguments are known to be good: torch only by a command, rich and matplotlib only
+Nothing heavy is imported before the arguments have been checked: torch only by a command, rich and matplotlib only
 where they are used.
 """
 
@@ -39,16 +39,16 @@ exit codes:
 
 
 class CommandError(Exception):
-    """A command cannot do what was asked; the message says why and what to do. Exit code 2."""
+    """A command cannot do what it was asked to do; the message says why, and what to do. Exit code 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell: `grgauge doctor >&-`
+        if getattr(sys, name) is None:  # stdout was closed by the shell: `grgauge doctor >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an ASCII terminal shows "?" for "×", rather than a traceback
+        if hasattr(stream, "reconfigure"):  # an ASCII terminal shows "?" for "×" instead of a traceback
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"grgauge {options.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `grgauge doctor | head -1` is nobody's mistake
+    except BrokenPipeError:  # `grgauge doctor | head -1` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a small model at three learning rates and see the gauges tell them apart",
+        help="train a small model at three learning rates, and see what the gauges say about each",
         description="Train a small character transformer on the CPU at three learning rates, far too low, about right "
         "and far too high,\nread the gauges on the way and draw the paths through the (GR_T, GR_S) plane. Takes about "
         "half a minute.\n\nThe live table needs rich, the picture matplotlib: " + INSTALL + "\nWithout a terminal, or "
@@ -240,8 +240,8 @@ def _demo(options: argparse.Namespace) -> int:
     from ..policy import Target
     from . import demo, progress
 
-    # The model is too small to share out: threads would mostly wait for each other, and on a busy machine for long.
-    # One thread also gives the same numbers whatever the number of cores.
+    # The model is too small for several threads: they would mostly wait for each other, and for long on a busy machine.
+    # One thread also gives the same numbers on any number of cores.
     torch.set_num_threads(1)
     text = demo.Text.manual()
     runs = [demo.Run(lr, options.steps) for lr in demo.LEARNING_RATES]
@@ -293,7 +293,7 @@ def _on_terminal() -> bool:
 
 
 def _picture(out: Path | None) -> Path | None:
-    """Where the picture goes, found to be writable; None if there can be none and none was asked for."""
+    """Where the picture goes, found to be writable; None if matplotlib is missing and --out was not given."""
     if not _installed("matplotlib"):
         if out is not None:
             raise CommandError(f"--out needs matplotlib: {INSTALL}")
@@ -345,7 +345,7 @@ def _tune(options: argparse.Namespace) -> int:
         raise CommandError("--budget is missing: how many samples to train on in all, such as 200000samples")
     if not _installed("optuna"):
         raise CommandError(f"trials are stored with optuna: {INSTALL_TUNE}")
-    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts, who print alike otherwise
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun only rank 0 prints
     live = first and not options.json and _on_terminal()
     if live and not _installed("rich"):
         raise CommandError(f"the live table needs rich: {INSTALL_TUNE} (or pass --json)")
@@ -368,7 +368,7 @@ def _tune(options: argparse.Namespace) -> int:
     shown = progress.tune_live(budget) if live else nullcontext(lambda trial: None)
     space = {"lr": options.lr, "batch_size": options.batch}
     try:
-        # With --json what the function prints goes elsewhere.
+        # With --json what the function prints goes to stderr.
         with redirect_stdout(sys.stderr) if options.json else nullcontext(), shown as on_step:
             result = tune(
                 train,
@@ -421,7 +421,7 @@ def _document(result: Result, storage: str, study: str, budget: int) -> dict[str
 
 
 def _function(target: str) -> tuple[Callable[[Trial], Any], str]:
-    """The function FILE:FUNCTION and its name, with the file's folder first on the path, as for a script."""
+    """The function FILE:FUNCTION and its name. The file's folder is first on the path, as for a script."""
     file, colon, name = target.rpartition(":")
     path = Path(file)
     if not colon or not path.is_file():
@@ -500,7 +500,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which JSON does not have."""
+    """The same, with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

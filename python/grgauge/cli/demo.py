@@ -1,8 +1,8 @@
 """Short trainings of one small model at three learning rates, and what the gauges say about each.
 
 The model is a character transformer of 250 000 parameters, the text the manual that ships with Python, so nothing is
-downloaded and no GPU is needed. Each run begins with the same weights and sees the same batches. What a run is called
-comes out of its readings alone.
+downloaded and no GPU is needed. Each run begins with the same weights and sees the same batches. The verdict on a run
+comes from its readings alone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ MICRO_BATCHES = 4
 CONTEXT = 64
 
 WINDOW = (40, 60)
-"""The steps whose readings make a run's verdict.
+"""The steps whose readings give the verdict on a run.
 
-The published target belongs to iteration 50 or so. By 40 a gauge that started cold is within 3 % of settled; later GR_T
-goes on climbing at a constant rate, from 2 to 5 and from 20 to 25 by step 160 here, so that the last reading would find
-fault with the best of them, while a network killed by far too high a rate drifts towards the zone. Readings of one run
-scatter by 15 % within the window, hence the median of its five.
+The published target belongs to iteration 50 or so. At step 40 a gauge that started cold is within 3 % of its final
+value. Later GR_T keeps climbing at a constant learning rate, here from 2 to 5 and from 20 to 25 by step 160. So the
+last reading would call the best run too high, while a network killed by far too high a rate drifts towards the zone.
+Readings of one run scatter by 15 % within the window, hence the median of its five.
 """
 
 FINAL = 20
@@ -52,7 +52,7 @@ Factors are one careful step towards the target, not the whole way.
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and beside a skip connection."""
+    """Attention and MLP, each with a layer norm before it and a skip connection around it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """Logits of each next character."""
+    """Logits of the next character at each place."""
 
     def __init__(self, characters: int, width: int = 96, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Text:
 
 @dataclass
 class Run:
-    """One training at a constant learning rate, as far as it has come."""
+    """One training at a constant learning rate, as far as it has got."""
 
     lr: float
     steps: int
@@ -137,7 +137,7 @@ class Run:
     def summary(self) -> Reading | None:
         """The reading of the window, each quantity the median of its readings there.
 
-        In a run that has not reached the window, that of the newest five.
+        For a run that has not reached the window, of the newest five.
         """
         first, last = WINDOW
         window = [reading for reading in self.readings if first <= reading.step <= last] or self.readings[-5:]
@@ -151,7 +151,7 @@ class Run:
         return f"lr {self.lr:.0e}: {self.verdict} — loss {self.loss:.2f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON but for numbers that are not finite."""
+        """Plain values, ready for JSON except for numbers that are not finite."""
         return {
             "lr": self.lr,
             "batch_size": BATCH_SIZE,
@@ -164,9 +164,9 @@ class Run:
 
 
 def _median(readings: Sequence[Reading]) -> Reading:
-    """A reading as of the newest one; the standard errors, which are those of single readings, are left out."""
+    """The newest reading with the median of each quantity, without standard errors: those are of single readings."""
     newest = readings[-1]
-    # each GR_T in units of what white noise would read by then, which in the first 40 steps still grows
+    # each GR_T in units of what white noise reads at that step, which still grows in the first 40 steps
     gr_t = [reading.gr_t / reading.finite_time_factor for reading in readings if reading.gr_t is not None]
     gr_s = [reading.gr_s for reading in readings if reading.gr_s is not None]
     noise_scale = [reading.noise_scale for reading in readings if reading.noise_scale is not None]

@@ -15,7 +15,7 @@ import grgauge_kernels as gk
 
 
 def examine() -> dict[str, Any]:
-    """Everything `grgauge doctor` says, as plain values. `ok`: the device trained on here has a native backend."""
+    """Everything that `grgauge doctor` says, as plain values. `ok`: the training device has a native backend."""
     backends = gk.backends()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     native = [name for name in gk.PREFERRED_BACKENDS[device] if name != "reference"]

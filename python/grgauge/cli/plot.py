@@ -18,14 +18,14 @@ Point = tuple[float, float]
 """(GR_T, GR_S)."""
 
 COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's palette, told apart with any kind of colour vision."""
+"""Okabe and Ito's palette, which every kind of colour vision can distinguish."""
 
 ZONE = "#8A8A8A"
 INK = "#404040"
 
 
 def path(readings: Sequence[Reading]) -> list[Point]:
-    """The points of those readings that know both gauges; of the ready ones, if there are two or more."""
+    """The points of the readings that have both gauges; only of the ready ones, if there are two or more."""
     known = [reading for reading in readings if reading.gr_t is not None and reading.gr_s is not None]
     ready = [reading for reading in known if reading.ready]
     return [(reading.gr_t or math.nan, reading.gr_s or math.nan) for reading in (ready if len(ready) > 1 else known)]
@@ -121,7 +121,7 @@ def save_plane(
     """`draw_plane` to a file, in the format that its suffix names; PNG where it has none."""
     from matplotlib.figure import Figure
 
-    # a Figure of its own, not pyplot's: no window system is asked for, and nothing stays open
+    # a Figure without pyplot: it needs no window system, and nothing stays open
     figure = Figure(figsize=(8.0, 6.4), layout="constrained")
     axes = figure.add_subplot()
     draw_plane(axes, paths, target, marks)

@@ -20,11 +20,11 @@ LINE_EVERY = 20
 """Steps between two plain lines."""
 
 ROWS = 12
-"""Trials that the live table of a tuner shows, the newest."""
+"""How many trials the live table of a tuner shows: the newest ones."""
 
 
 def train_quietly(runs: Iterable[Run], text: Text, seed: int) -> None:
-    """Train all of them and say nothing."""
+    """Train all of them and print nothing."""
     for run in runs:
         for _ in train(run, text, seed):
             pass
@@ -85,7 +85,7 @@ def _figures(reading: Reading | None) -> tuple[str, str, str]:
 
 
 def _style(reading: Reading | None) -> str:
-    """Green inside the zone, yellow outside, dim while there is nothing to go by."""
+    """Green inside the zone, yellow outside, dim before the first reading."""
     if reading is None or not reading.ready:
         return "dim"
     target = Target()

@@ -1,6 +1,6 @@
 """GR_T, GR_S, noise scale and gradient norm of a training run.
 
-Gauge      reads an optimizer's gradients where the optimizer does, or in a pass of its own
+Gauge      reads an optimizer's gradients in the optimizer's own pass, or in one of its own
 """
 
 from .gauge import Gauge

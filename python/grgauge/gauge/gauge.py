@@ -1,4 +1,4 @@
-"""The gauge: reads GR_T and GR_S off the gradients that training computes anyway."""
+"""The gauge reads GR_T and GR_S off the gradients that training computes anyway."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Gauge:
     """Reads GR_T, GR_S, the gradient noise scale and the gradient norm while an optimizer trains.
 
-    GR_T is V^/|m^|^2 of "GR-Gauge" (Wang and Chen), Eq. 18: the bias-corrected moving mean of the squared gradient norm
-    over the squared norm of the bias-corrected moving mean of the gradient. GR_S is (G2+S)/(B G2+S), Lemma 2 there,
+    GR_T is V^/|m^|^2 of "GR-Gauge" (Wang and Chen), Eq. 18: the moving mean of the squared gradient norm, divided by
+    the squared norm of the moving mean of the gradient, both bias-corrected. GR_S is (G2+S)/(B G2+S), Lemma 2 there,
     with S and G2 estimated from groups as in appendix D and in McCandlish et al., "An Empirical Model of Large-Batch
     Training", appendix A.1.
 
@@ -47,7 +47,7 @@ class Gauge:
         groups: micro-batches in a step. None: as many as `micro_step` was called for. GR_S needs at least two. With
             `attach`, ranks are the groups.
         every: steps between readings.
-        sample: number of parameters to look at, where the gauge needs a pass of its own.
+        sample: number of parameters to read, where the gauge needs a pass of its own.
         beta: smoothing factor of both moments of GR_T, and over readings of S and G2. The published target of GR_T
             belongs to 0.9.
         seed: chooses the sample.
@@ -111,7 +111,7 @@ class Gauge:
             Statistics(beta),
             self._micro,
             problem=lambda: self._source.problem(),
-            # A sample's norm is not the whole's.
+            # the norm of a sample is not that of the whole
             comparable=lambda: self._sample.share == 1.0 or isinstance(self._source, OwnSource),
             restart=self.restart,
         )
@@ -125,8 +125,8 @@ class Gauge:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "a Gauge is hooked into its optimizer and can be neither pickled nor copied: keep gauge.state_dict(), make "
-            "a Gauge on the other optimizer and give it to load_state_dict()"
+            "a Gauge is hooked into its optimizer and can be neither pickled nor copied: save gauge.state_dict(), make "
+            "a Gauge on the other optimizer, and load the state there"
         )
 
     def attach(self, module: torch.nn.Module, *, comm_hook: CommHook | None = None, state: Any = None) -> None:
@@ -134,19 +134,19 @@ class Gauge:
 
         Every rank takes part in one small asynchronous all-reduce a reading (with FSDP2 one for every 64 steps, where
         readings are further apart), and all of them hold the same readings. Where gradients accumulate, keep all
-        micro-batches but the last from being reduced. With FSDP2, call `state_dict` on all ranks alike.
+        micro-batches but the last from being reduced. With FSDP2, call `state_dict` on all ranks.
 
         Args:
             module: DistributedDataParallel, or the root module that torch.distributed.fsdp.fully_shard was applied to
                 (a mesh of two dimensions is HSDP: all its ranks are groups).
             comm_hook: DDP: the communication hook that reduces the gradients. None is DDP's own all-reduce. The gauge
                 measures before it and after it.
-            state: the state of `comm_hook`.
+            state: the state that `comm_hook` is called with.
 
         Raises:
             TypeError: another kind of module.
             ValueError: the module has a communication hook already, or the gauge is attached.
-            RuntimeError: the installed torch lacks what this rests on.
+            RuntimeError: the installed torch lacks the hook that this needs.
         """
         try:
             from .ranks import Ranks
@@ -164,19 +164,20 @@ class Gauge:
     def micro_step(self, samples: float | None = None, weight: float | None = None) -> None:
         """Call after each micro-batch's backward: the gradient that it has added is one group of GR_S.
 
-        Gradients must accumulate over the step. On steps that are not read it costs nothing. What is no longer in the
-        gradient when the optimizer steps does not count: micro-batches before gradients were cleared, as in a step that
-        is abandoned. Where gradients were changed otherwise between two micro-batches, or not cleared before the step,
-        GR_S skips the reading, with a note. One parameter's gradient is watched for that, through autograd hooks: what
-        is accumulated without autograd, as by the replay of a CUDA graph, is taken as it is.
+        Gradients must accumulate over the step. On steps that are not read it costs nothing. Micro-batches from before
+        gradients were cleared do not count, as in a step that was abandoned. If gradients were changed in another way
+        between two micro-batches, or were not cleared before the step, GR_S skips the reading, with a note. To find
+        that out, autograd hooks watch the gradient of one parameter; gradients that accumulate without autograd, as in
+        the replay of a CUDA graph, are not checked.
 
-        Where ranks are the groups (`attach`) it only says what this rank's samples and weight are; those of several
+        Where ranks are the groups (`attach`), it only passes this rank's samples and weight; those of several
         micro-batches add up. After `remove` it does nothing.
 
         Args:
             samples: size of the micro-batch in samples, or in tokens where losses are means over tokens. None:
                 batch_size / groups.
-            weight: share of its loss in the step's, in any unit (its tokens, say). None: all alike.
+            weight: share of its loss in that of the step, in any unit (its number of tokens, for example). None: equal
+                shares.
 
         Raises:
             ValueError: a size or weight is not above 0.
@@ -201,7 +202,8 @@ class Gauge:
             self._micro.add(samples, weight)
 
     def split_backward(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> Tensor:
-        """Backward of one batch on one device; on steps that are read in two halves, which are the groups of GR_S.
+        """Backward of one batch on one device. On steps that are read it runs in two halves, which are the groups of
+        GR_S.
 
         The halves' losses are weighted by their sizes, so gradients add up to the same mean over the batch. A batch of
         one sample is not split, and gives no GR_S.
@@ -246,9 +248,9 @@ class Gauge:
     def replayed(self) -> None:
         """Call after each replay of a CUDA graph that a step of the optimizer was captured in, on the same stream.
 
-        A replay runs no Python, and its sums lie in memory that the next one writes to: here they are copied, and then
-        count as those of any other step. The captured step itself, which is not run, does not count. With several such
-        graphs the sums are those of the last captured.
+        A replay runs no Python, and the next one overwrites its sums. This method copies them, and they count like
+        those of any other step. The captured step itself is not run and does not count. With several such graphs, the
+        sums are those of the one captured last.
 
         Raises:
             RuntimeError: no step was captured.
@@ -261,9 +263,8 @@ class Gauge:
     def reading(self) -> Reading | None:
         """The newest finished reading. Never waits for the device.
 
-        Steps only gather sums; what they amount to is worked out here, and not at all if nobody asks. Attached to a
-        module, a reading comes one step after its step, on all ranks in the same one, and waits for the ranks' sum
-        where it must.
+        Steps only collect sums; readings are computed here, on demand. Attached to a module, a reading comes one step
+        late, on all ranks in the same step, and this method may wait for the ranks' sum.
 
         Returns:
             The reading, None before the first.
@@ -271,7 +272,7 @@ class Gauge:
         return self._windows.reading()
 
     def restart(self) -> None:
-        """Start cold, as after a change of learning rate or batch: no earlier step counts any more.
+        """Start cold, as after a change of learning rate or batch: earlier steps no longer count.
 
         On `grgauge.AdamW` the optimizer's first moment is m; it carries over, and only V starts anew.
         """
@@ -309,8 +310,8 @@ class Gauge:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit; the optimizer's own state must be loaded as well.
 
-        On another number of ranks S, G2 and V go on, as they mean the same there; an EMA of the gauge's own that was
-        spread over them cannot, and GR_T starts cold with a warning. Attach first.
+        On another number of ranks S, G2 and V continue, since they mean the same there. An EMA of the gauge's own that
+        was sharded cannot continue: GR_T then starts cold, with a warning. Call `attach` first.
 
         Args:
             state: what `state_dict` returned.
@@ -350,8 +351,8 @@ class Gauge:
     def _due(self) -> bool:
         """True if the step in progress will be read."""
         if self._scaler is not None and scaling_attempt(self._scaler) is not self._attempt:
-            # Another dict after each update(). On overflow GradScaler does not call step() of most optimizers, so what
-            # belongs to the attempt before is still here.
+            # Each update() makes another dict. On overflow GradScaler does not call step() of most optimizers, so
+            # micro-batches of the attempt before are still here.
             self._attempt = scaling_attempt(self._scaler)
             self._micro.drop()
             if self._ranks is not None:
@@ -359,7 +360,7 @@ class Gauge:
         return (self._windows.step + 1) % self.every == 0
 
     def _inv_scale(self) -> Tensor | None:
-        """What gradients in progress are to be multiplied by."""
+        """The factor that undoes the loss scale of gradients in progress."""
         return reciprocal(None if self._scaler is None else loss_scale(self._scaler))
 
     def _on_step(self, sums: list[BucketSums]) -> None:
@@ -384,5 +385,5 @@ class Gauge:
 
 
 def _capturing() -> bool:
-    """True while what the current stream is given goes into a CUDA graph instead of being run."""
+    """True while the current stream captures work in a CUDA graph instead of running it."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,9 +1,9 @@
 """Micro-batches as the groups of GR_S: what each backward adds to the gradient of the step in progress.
 
 The groups of a step are the micro-batches whose gradients are in the gradient that the step uses. A training loop may
-abandon a step halfway, clear its gradients, or change them between two backwards, and the values that `micro_step`
-finds do not tell that from accumulation. So one parameter is watched: the norm of its gradient is noted after each
-backward and compared before the next. Where it differs, something else than a backward has been there.
+abandon a step halfway, clear its gradients, or change them between two backwards, and `micro_step` cannot see from
+their values that this is not accumulation. So one parameter is watched: the norm of its gradient is noted after each
+backward and compared before the next. If it differs, something other than a backward has changed it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .transfer import Array
 from .unavailable import NON_FINITE, Unavailable
 
 SMALL = 64
-"""Elements that the watched parameter has at least, where any has that many: fewer are more often all zero."""
+"""The watched parameter has at least this many elements, if any does: with fewer, a gradient is more often all zero."""
 
 
 class When(enum.Enum):
@@ -35,19 +35,19 @@ class When(enum.Enum):
 
     FIRST = enum.auto()  # before the step's first backward: it must be zero
     BETWEEN = enum.auto()  # before another backward, or on micro_step() after one: it must be as it was
-    UNSEEN = enum.auto()  # where no backward was seen, as in a CUDA graph's replay: it may be anything but cleared
+    UNSEEN = enum.auto()  # where no backward was seen, as in a CUDA graph's replay: it must not have been cleared
 
 
 @dataclass
 class Collected:
     """The micro-batches of one step.
 
-    sums     of the accumulated gradient after each, and of what it has grown by
+    sums     of the accumulated gradient after each, and of its growth since the one before
     shares   (samples, weight) that `micro_step` was given for each
-    checks   of the watched gradient, in order of time: the number of micro-batches there were, and when
-    norms    float64 [checks, 2]: its norm before and at each check; None without checks
-    cleared  True if there were others, whose gradients have been cleared
-    problem  why they are no groups, as far as is known without their values
+    checks   of the watched gradient, in order of time: the number of micro-batches so far, and when
+    norms    float64 [checks, 2]: its norm as it was left, and at each check; None without checks
+    cleared  True if there were earlier ones, whose gradients have been cleared
+    problem  why they cannot be groups, as far as is known without their values
     """
 
     sums: list[list[BucketSums]] = field(default_factory=list)
@@ -66,9 +66,9 @@ class Collected:
                     found = Unavailable("gradients were not cleared before the step", transient=True)
             elif now == 0.0 != before:
                 start, found = there, None
-            elif when is When.BETWEEN and 0 < there < len(self.sums) and not _alike(before, now):
+            elif when is When.BETWEEN and 0 < there < len(self.sums) and not _same_norm(before, now):
                 found = Unavailable("gradients were changed between two micro-batches", transient=True)
-        self.problem = self.problem or found  # what was known without values came after, or holds all the same
+        self.problem = self.problem or found  # a problem known without values came later, or holds anyway
         self.cleared |= start > 0
         self.sums, self.shares, self.checks = self.sums[start:], self.shares[start:], []
 
@@ -91,7 +91,7 @@ class Collected:
         if len(samples) % n or len(weights) % n:
             return Unavailable("micro_step() was given samples or weight for some micro-batches only")
         p = [w / sum(weights) for w in weights] or [1.0 / n] * n
-        # Gradients accumulate, so what micro-batch i added, p_i G_i, is the difference, and the first one's its whole.
+        # Gradients accumulate, so the difference is what micro-batch i has added: p_i G_i. The first has added all.
         added = [rows.totals[0][GRAD_SQ]] + [total[DELTA_SQ] for total in rows.totals[1:]]
         squares = [sq / share**2 for sq, share in zip(added, p, strict=True)]
         return Groups(squares, rows.totals[-1][GRAD_SQ], samples or [batch_size / n] * n, p)
@@ -100,9 +100,9 @@ class Collected:
 class MicroBatches:
     """Collects the micro-batches of each step that is read.
 
-    sample     the parameters to look at
-    watching   tells whether a backward that runs now belongs to such a step
-    inv_scale  what a GradScaler's gradients are to be multiplied by, None without one
+    sample     the parameters to read
+    watching   returns True if a backward that runs now belongs to such a step
+    inv_scale  returns the factor that undoes a GradScaler's scale, None without one
     """
 
     def __init__(self, sample: Sample, watching: Callable[[], bool], inv_scale: Callable[[], Tensor | None]) -> None:
@@ -120,7 +120,7 @@ class MicroBatches:
         self._unclaimed = False  # True if a backward has come since the last micro_step()
 
     def add(self, samples: float | None, weight: float | None) -> None:
-        """Take what the gradient has grown by as one more micro-batch."""
+        """Record the growth of the gradient since the last call as one more micro-batch."""
         buckets = self._sample.buckets()
         if not buckets:
             return
@@ -132,7 +132,7 @@ class MicroBatches:
             self._unwatch()
         if not self._unclaimed:
             self._check(When.UNSEEN)
-        elif not (dist.is_available() and dist.is_initialized()):  # DDP puts the mean over ranks there, rightly
+        elif not (dist.is_available() and dist.is_initialized()):  # DDP puts the mean over ranks there
             self._check(When.BETWEEN)
         self._step.sums.append(self._sample.difference(self._inv_scale()))
         self._step.shares.append((samples, weight))
@@ -140,14 +140,14 @@ class MicroBatches:
         self._unclaimed = False
 
     def prepare(self) -> None:
-        """Choose the parameter to watch, on a step that is not read, so that the first that is read can be watched."""
+        """Choose the parameter to watch on a step that is not read, so that the first one that is can be watched."""
         if self._watched is None:
             self._buckets = self._sample.buckets()
             self._watch()
             self._before = None
 
     def collect(self) -> Collected:
-        """The micro-batches of the step that is being made; the next one starts with none."""
+        """The micro-batches of the step in progress; the next step starts with none."""
         if self._step.sums:
             self._check(When.UNSEEN)
         step = self._step
@@ -160,12 +160,12 @@ class MicroBatches:
         return step
 
     def remove(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         self.drop()
         self._unwatch()
 
     def _watch(self) -> None:
-        """Note how the watched gradient is left; choose a parameter where none is watched or it has no gradient."""
+        """Note the watched gradient as it is now; choose a parameter if none is watched, or if it has no gradient."""
         p = self._watched
         if p is None or p.grad is None or not p.requires_grad:
             self._unwatch()
@@ -184,7 +184,7 @@ class MicroBatches:
             hook.remove()
         self._watched, self._hooks, self._before = None, [], None
 
-    # Autograd calls both of these in threads of its own, while backward() waits for them.
+    # Autograd calls both hooks in its own threads, while backward() waits.
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _before_accumulation(self, _: Tensor) -> None:
@@ -196,7 +196,7 @@ class MicroBatches:
             self._before, self._unclaimed = _norm(p), True
 
     def _check(self, when: When) -> None:
-        """Compare the watched gradient with what it was; where it is None now, what came before is gone."""
+        """Compare the watched gradient with what it was. If it is None now, earlier micro-batches are gone."""
         p, before = self._watched, self._before
         if p is None:
             return
@@ -220,5 +220,5 @@ def _norm(p: Tensor) -> Tensor:
     return torch.linalg.vector_norm(p.grad.detach(), dtype=torch.float32)
 
 
-def _alike(a: float, b: float) -> bool:
+def _same_norm(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-5) or not (math.isfinite(a) or math.isfinite(b))

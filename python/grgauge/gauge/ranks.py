@@ -3,8 +3,8 @@
     DDP      in a communication hook: the flat bucket before the all-reduce, and again after it
     FSDP2    in the reduce-scatter: its input, and its output (with HSDP: after the all-reduce over replicas)
 
-Both times the same elements, so that what a sample misses cancels in the difference the estimator rests on. One small
-all-reduce a reading brings the ranks' sums together; no other step communicates anything.
+Both times it is the same elements, so that what a sample misses cancels in the difference that the estimator uses. One
+small all-reduce for each reading brings the ranks' sums together; other steps communicate nothing.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from .unavailable import NON_FINITE, Unavailable
 CommHook = Callable[[Any, GradBucket], torch.futures.Future[Tensor]]
 
 PARTS = 64
-"""Contiguous parts of a bucket whose plain sums show whether a communication hook has yielded the mean."""
+"""Contiguous parts of a bucket. Their plain sums show whether a communication hook has returned the mean."""
 
 LOSSY = 0.1
-"""Relative error that those sums may have; |mean|^2 is then off by about its square. Rounding to bf16 makes 0.003,
-PowerSGD of rank 1 around 1."""
+"""The relative error that those sums may have; |mean|^2 is then off by about its square. Rounding to bf16 gives 0.003,
+PowerSGD of rank 1 about 1."""
 
 
 class Ranks:
     """The gradient of each rank of a DDP or FSDP2 module, and their mean, at the steps that are read.
 
     module     DistributedDataParallel, or a root module of `fully_shard`
-    sample     share of the elements looked at, in (0, 1]
+    sample     share of the elements to read, in (0, 1]
     seed       which of them
-    due        tells whether the step in progress will be read
-    inv_scale  what a GradScaler's gradients are to be multiplied by, None without one
+    due        returns True if the step in progress will be read
+    inv_scale  returns the factor that undoes a GradScaler's scale, None without one
     comm_hook, state   DDP: the hook that then reduces, and its state; None is DDP's own all-reduce
 
     Raises TypeError for another kind of module, ValueError where a communication hook is there already.
@@ -70,8 +70,8 @@ class Ranks:
         if isinstance(module, DistributedDataParallel):
             if has_comm_hook(module):
                 raise ValueError(
-                    "module has a communication hook already, and DDP takes one: make it anew and give the hook to "
-                    "attach(module, comm_hook=..., state=...)"
+                    "module has a communication hook already, and DDP takes only one: make it again, and pass the "
+                    "hook to attach(module, comm_hook=..., state=...)"
                 )
             self.group: Any = module.process_group
             self.replicas = self.size = dist.get_world_size(self.group)
@@ -90,13 +90,13 @@ class Ranks:
 
     @property
     def sharded(self) -> bool:
-        """True if parameters are spread over ranks, so that a step's sums are this rank's part only."""
+        """True if parameters are sharded, so that a step's sums are this rank's part only."""
         return self.replicas < self.size
 
     def forget(self) -> None:
         """Drop what has been seen of the step in progress."""
         self._samples = self._weight = 0.0
-        # By buffer, and added up in one order: buffers may come back in any, and in several threads.
+        # By buffer, to be added up in a fixed order: buffers may come back in any order, and in several threads.
         self._local: dict[tuple[Any, ...], Tensor] = {}
         self._mean: dict[tuple[Any, ...], Tensor] = {}
         self._calls: dict[tuple[Any, ...], int] = {}
@@ -107,14 +107,14 @@ class Ranks:
         self._weight += weight or 0.0
 
     def remove(self) -> None:
-        """Measure nothing any more. The hooks stay, as neither DDP nor FSDP2 lets one be removed."""
+        """Stop measuring. The hooks stay, because neither DDP nor FSDP2 lets one be removed."""
         self._due = lambda: False
 
     def collect(self, device: torch.device) -> tuple[Tensor, int]:
         """This rank's row of the step's table, ready to be added up over ranks; and how often gradients were reduced.
 
         float64 [4 * ranks + 1]: for each rank sum g^2, non-finite elements, samples, weight; then its part of |mean|^2.
-        With a comm_hook 2 * PARTS more: sums of parts of the mean of the ranks' gradients, and of what the hook yields.
+        With a comm_hook 2 * PARTS more: sums of parts of the mean of the ranks' gradients, and of the hook's result.
         """
         calls = max(self._calls.values(), default=0)
         table = torch.zeros(4 * self.size + 1 + 2 * PARTS * self._checked, dtype=torch.float64, device=device)
@@ -123,16 +123,16 @@ class Ranks:
             own = table[4 * self.rank : 4 * self.rank + 4]
             own[0] = local[GRAD_SQ]
             own[1] = local[NONFINITE] + mean[NONFINITE]  # a sum in low precision may overflow by itself
-            own[2], own[3] = self._samples, self._weight  # fills, which wait for nothing
+            own[2], own[3] = self._samples, self._weight  # fills: they wait for nothing
             table[4 * self.size] = mean[GRAD_SQ] / self.replicas
             table[4 * self.size + 1 :] = torch.cat([local[len(gk.STATS) :], mean[len(gk.STATS) :]]) / self.size
         self.forget()
         return table, calls
 
     def groups(self, table: list[float], batch_size: float, calls: int) -> Groups | Unavailable:
-        """The groups that are in a table added up over ranks, or why there are none."""
+        """The groups in a table that has been added up over ranks, or why there are none."""
         if self.size < 2:
-            return Unavailable("one rank is one group, and it needs at least two")
+            return Unavailable("there is one rank, and GR_S needs at least two")
         if calls == 0:
             return Unavailable("no gradients were reduced in the step")
         if calls > 1:
@@ -145,7 +145,7 @@ class Ranks:
         if any(nonfinite) or not math.isfinite(mean_sq):
             return NON_FINITE
         if math.dist(parts[:PARTS], parts[PARTS:]) > LOSSY * math.hypot(*parts[:PARTS]):
-            return Unavailable("comm_hook does not yield the mean of the ranks' gradients, or too roughly")
+            return Unavailable("comm_hook does not return the mean of the ranks' gradients, or not precisely enough")
         if (any(samples) and not all(samples)) or (any(weights) and not all(weights)):
             return Unavailable("micro_step() was given samples or weight on some ranks only")
         n = self.size
@@ -187,7 +187,7 @@ class Ranks:
 
             return then(state, bucket).then(after)
 
-        # DDP compares annotations with the types themselves; postponed ones are strings.
+        # DDP compares annotations with the types themselves, and postponed annotations are strings.
         hook.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
         return hook
 
@@ -204,7 +204,7 @@ class Ranks:
         for m in modules:
             for group in fsdp_param_groups(m):
                 if isinstance(group._reduce_scatter_comm, _MeasuredReduceScatter) or group._all_reduce_hook is not None:
-                    raise ValueError("module has a gauge or an all-reduce hook of its own already, and FSDP2 takes one")
+                    raise ValueError("module has a gauge or an all-reduce hook already, and FSDP2 takes only one")
         for i, m in enumerate(modules):
             for group in fsdp_param_groups(m):
                 comm = _MeasuredReduceScatter(self, ("fsdp", i), group._reduce_scatter_comm)
@@ -213,11 +213,11 @@ class Ranks:
 
 
 class _MeasuredReduceScatter(reduce_scatter_base()):  # type: ignore[misc]
-    """FSDP2's reduce-scatter of one module, measured before, and after the all-reduce that may follow."""
+    """FSDP2's reduce-scatter of one module, measured before it, and after it or the all-reduce that may follow."""
 
     def __init__(self, ranks: Ranks, key: tuple[Any, ...], inner: Any) -> None:
         self._ranks, self._key, self._inner = ranks, key, inner
-        self._mean = 1.0  # what the reduced gradient is to be multiplied by to be the mean of the inputs
+        self._mean = 1.0  # the factor that makes the reduced gradient the mean of the inputs
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._inner.allocate(size, dtype=dtype, device=device)
@@ -246,7 +246,7 @@ class _MeasuredReduceScatter(reduce_scatter_base()):  # type: ignore[misc]
 
 
 def _sums_of_parts(flat: Tensor) -> Tensor:
-    """float64 [PARTS]"""
+    """Sums of PARTS contiguous parts of a flat buffer, float64 [PARTS]."""
     size = max(flat.numel() // PARTS, 1)
     sums = torch.zeros(PARTS, dtype=torch.float64, device=flat.device)
     whole = flat[: PARTS * size].view(-1, size).sum(1, dtype=torch.float64)

@@ -20,7 +20,7 @@ Array = npt.NDArray[np.float64]
 GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
 
 UNFOLDED = 100
-"""Passes after which the per-segment table takes them in although nobody has asked for it."""
+"""Passes after which the per-segment table processes them even if nobody has asked for it."""
 
 
 class Ages:
@@ -28,7 +28,7 @@ class Ages:
 
     def __init__(self, buckets: list[Array]) -> None:
         self.each = buckets[0] if len(buckets) == 1 else np.concatenate(buckets or [np.zeros(0)])
-        ages = self.each.tolist()  # a few numbers, for which numpy's own minimum takes ten times as long
+        ages = self.each.tolist()  # few numbers: numpy's minimum takes ten times as long
         self.youngest, self.oldest = min(ages, default=math.inf), max(ages, default=0.0)
 
 
@@ -38,9 +38,9 @@ class Rows:
     sums    float64 [passes, segments, 6], scaled up from the sample to the whole of each segment
     seen    bool [passes, segments], False where a pass did not visit a segment; None if all visited all
     totals  the six sums over all segments, a list of six a pass
-    taken   the passes that count: the optimizer skipped the others, as GradScaler has it do on overflow
-    parts   float64 [passes, segments of the plan, 6] of each bucket, as the kernel left them, where one has a sample
-            in parts; else empty
+    taken   the passes that count: the optimizer has skipped the others, as on overflow under GradScaler
+    parts   float64 [passes, segments of the plan, 6] of each bucket, as the kernel returned them, if a sample is in
+    parts; otherwise empty
     plans   the plan of each of `parts`
     """
 
@@ -57,7 +57,7 @@ class Rows:
             return
         parts = [next(arrays) for _ in rows[0]]
         if parts[0].shape[2] > len(gk.STATS):
-            # Added up over ranks, scaled already, with a last column for what any of them has seen.
+            # Added up over ranks, already scaled; the last column shows what any rank has seen.
             seen = np.concatenate([part[:, :, -1] for part in parts], axis=1) > 0
             self.seen = None if seen.all() else seen
             parts = [part[:, :, :-1] for part in parts]
@@ -84,7 +84,7 @@ def _joined(part: npt.NDArray[Any], plan: gk.Plan, how: np.ufunc) -> npt.NDArray
 
 
 class SampleError:
-    """How far readings may be off because a sample stands for the whole: `gk.sampling.sampled_ratio` of their sums.
+    """How far readings may be off because only a sample is read: `gk.sampling.sampled_ratio` of their sums.
 
     A sample stays the same for as long as its EMA lives, so time does not average this error away. 0 without a sample.
     """
@@ -95,7 +95,7 @@ class SampleError:
         self._grad_sq: list[Array] = []  # V of each segment of each plan, not scaled up, without bias correction
 
     def fold(self, rows: Rows) -> None:
-        """Take in steps."""
+        """Add steps."""
         if not (rows.plans or self._grad_sq):
             return
         if [len(v) for v in self._grad_sq] != [plan.segments for plan in rows.plans]:
@@ -119,7 +119,7 @@ class SampleError:
 
     @staticmethod
     def of_groups(groups: Rows, shares: Sequence[float]) -> float:
-        """Relative standard error of sum p_i |G_i|^2 / |g|^2, on which S and G2 rest."""
+        """Relative standard error of sum p_i |G_i|^2 / |g|^2, from which S and G2 follow."""
         columns = []
         for part in groups.parts:
             added = np.stack([part[0, :, GRAD_SQ], *part[1:, :, DELTA_SQ]]) / np.array(shares)[:, None]
@@ -152,13 +152,13 @@ def _ratio_error(columns: list[Array], plans: Sequence[gk.Plan]) -> tuple[float,
 class Table:
     """Each segment's own V, and |m|^2 at the last reading. A segment without gradient keeps both, as optimizers do.
 
-    A reading needs the totals alone, so what belongs to single segments is worked out when somebody asks, or when
-    `UNFOLDED` passes have gathered.
+    A reading needs only totals, so values of single segments are computed when they are asked for, or after `UNFOLDED`
+    passes.
     """
 
     def __init__(self, names: list[str], sizes: list[int], beta: float) -> None:
         self.names, self.sizes, self.beta = names, sizes, beta
-        # Replaced, never changed in place: tables of earlier readings refer to them.
+        # Replaced, never changed in place: the tables of earlier readings refer to them.
         self.steps = np.zeros(len(names))
         self.grad_sq = np.zeros(len(names))  # V, still without bias correction
         self.moment_sq: Callable[[], Array] = functools.partial(np.zeros, len(names))
@@ -166,7 +166,7 @@ class Table:
         self._uneven = False
 
     def fold(self, rows: Rows) -> list[float]:
-        """Take in passes; returns the sum g^2 of each, with V in place of what a segment without gradient lacks."""
+        """Add passes. Returns the sum g^2 of each, where V stands in for a segment without gradient."""
         if rows.seen is None:
             self._recent.append(rows)
             if sum(len(recent.totals) for recent in self._recent) >= UNFOLDED:
@@ -188,7 +188,7 @@ class Table:
 
     @property
     def uneven_grad_sq(self) -> float | None:
-        """V, bias-corrected, where some segments have had gradients at other steps than others; None where none has."""
+        """V, bias-corrected, if segments have had gradients at different steps; otherwise None."""
         if not self._uneven:
             return None
         self._settle()
@@ -207,7 +207,7 @@ class Table:
         return float(self.moment_sq().sum())
 
     def snapshot(self, sums: Array | None) -> Callable[[], tuple[SegmentReading, ...]]:
-        """A function that makes the per-segment table of this moment."""
+        """A function that makes the per-segment table as of now."""
         steps, grad_sq, recent, moment = self.steps, self.grad_sq, tuple(self._recent), self.moment_sq
         names, sizes, beta = self.names, self.sizes, self.beta
 
@@ -258,7 +258,7 @@ def _advanced(steps: Array, grad_sq: Array, recent: Sequence[Rows], beta: float)
 
 
 def _corrected(grad_sq: Array, steps: Array, beta: float) -> Array:
-    """V of each segment, bias-corrected; 0 before its first gradient."""
+    """V of each segment, bias-corrected; 0 before the segment's first gradient."""
     return np.asarray(grad_sq / (1 - beta ** np.maximum(steps, 1)))
 
 

@@ -31,7 +31,7 @@ class FusedSource:
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, beta: float) -> bool:
-        """Clipping inside the step makes the first moment one of clipped gradients; the gauge reads raw ones."""
+        """With clipping inside the step, the first moment is one of clipped gradients; the gauge needs raw ones."""
         fused = isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None and optimizer.sums_all
         return fused and all(group["betas"][0] == beta for group in optimizer.param_groups)
 
@@ -53,7 +53,7 @@ class FusedSource:
 
 
 class ClippingSource:
-    """Sums of the pass in which `grgauge.AdamW` reads the norm to clip by: m is an EMA kept on the way."""
+    """Sums of the pass in which `grgauge.AdamW` reads the norm for clipping: m is an EMA kept in the same pass."""
 
     def __init__(self, optimizer: AdamW, beta: float, on_step: OnStep) -> None:
         self._optimizer, self._on_step = optimizer, on_step
@@ -62,7 +62,7 @@ class ClippingSource:
 
     @staticmethod
     def fits(optimizer: AdamW, share: float) -> bool:
-        """With a sample, a small pass of the gauge's own costs less than an EMA of everything in the large one."""
+        """With a sample, a small pass of the gauge's own costs less than an EMA of everything in the other pass."""
         free = optimizer.sums_all and optimizer._unclipped is None
         return optimizer.max_grad_norm is not None and share == 1.0 and free
 
@@ -87,7 +87,7 @@ class ClippingSource:
         ):
             raise ValueError("the state is of other parameters than this gauge's")
         saved = {p: (own[0].clone(), own[1].clone()) for p, own in zip(params, emas, strict=True) if own is not None}
-        self.remove()  # so that the optimizer lets go of the EMAs that it has
+        self.remove()  # so that the optimizer drops its old EMAs
         self._emas = Unclipped(self._emas.beta, saved)
         self.remove = self._optimizer.observe_unclipped(self._on_step, self._emas)
 
@@ -131,10 +131,10 @@ class OwnSource:
         emas, steps = state["emas"], state["steps"]
         if not emas:
             return
-        alike = [len(own) for own in steps] == [len(bucket.params) for bucket in self._sample.buckets()]
-        if alike:
+        fits = [len(own) for own in steps] == [len(bucket.params) for bucket in self._sample.buckets()]
+        if fits:
             self._allocate()
-        if not alike or [len(ema) for ema in emas] != [bucket.plan.numel for bucket in self._buckets]:
+        if not fits or [len(ema) for ema in emas] != [bucket.plan.numel for bucket in self._buckets]:
             raise ValueError("the state is of other parameters or of another sample than this gauge's")
         for views, ema in zip(self._packed(), emas, strict=True):
             for view, part in zip(views, ema.split([len(view) for view in views]), strict=True):
@@ -153,7 +153,7 @@ class OwnSource:
             self._emas = [_zeros(b.plan.states, b) for b in buckets]
             self._steps = [_zeros(len(b.params), b) for b in buckets]
 
-    # A closure computes the gradients inside the step: then they are read after it, else before the optimizer does.
+    # A closure computes the gradients inside the step, so they are read after it; otherwise before the optimizer runs.
 
     def _before_step(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _has_closure(args, kwargs):
@@ -169,7 +169,7 @@ class OwnSource:
             self._on_step([])
             return
         self._allocate()
-        # What a GradScaler leaves on an optimizer that unscales and skips inside its step.
+        # What a GradScaler sets on an optimizer that unscales and skips inside its step.
         inv_scale = reciprocal(getattr(self._optimizer, "grad_scale", None))
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         sums = []
@@ -181,7 +181,7 @@ class OwnSource:
 
 
 class Sample:
-    """The parameters that a pass of the gauge's own looks at, as sampled plans over buckets of loose gradients."""
+    """The parameters that a pass of the gauge's own reads, as sampled plans over buckets of loose gradients."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, sample: int, seed: int) -> None:
         self._optimizer, self._size, self._seed = optimizer, sample, seed
@@ -203,20 +203,20 @@ class Sample:
         key = [(id(p), p.dtype, p.device) for p in params]
         if key != self._key:
             require_readable(self._optimizer)
-            alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+            together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
             for p in params:
-                alike.setdefault((p.dtype, p.device), []).append(p)
-            known = self._certain if len(self._certain) == len(alike) else [None] * len(alike)
+                together.setdefault((p.dtype, p.device), []).append(p)
+            known = self._certain if len(self._certain) == len(together) else [None] * len(together)
             self._buckets = [
                 SampledBucket(same, self.share, self._seed, certain)
-                for same, certain in zip(alike.values(), known, strict=True)
+                for same, certain in zip(together.values(), known, strict=True)
             ]
             self._certain, self._previous = [], []
             self._key = key
         return self._buckets
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks that are visited in any case; all else of a sample follows from its seed."""
+        """The blocks that are visited in any case; the rest of a sample follows from its seed."""
         chosen = [bucket.certain for bucket in self._buckets]
         return {"certain": [[blocks.tolist() for blocks in bucket] for bucket in chosen if bucket is not None]}
 
@@ -225,14 +225,14 @@ class Sample:
 
     @property
     def share(self) -> float:
-        """Share of the elements that is looked at, in (0, 1]."""
+        """Share of the elements that is read, in (0, 1]."""
         params = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
         total = sum(map(Tensor.numel, compress(params, map(_trained, params))))
         return min(1.0, self._size / max(total, 1))
 
     @torch.no_grad()
     def difference(self, inv_scale: Tensor | None = None) -> list[BucketSums]:
-        """Sums of the gradients and of what they have grown by since the last call."""
+        """Sums of the gradients, and of their growth since the last call."""
         buckets = self.buckets()
         if not self._previous:
             self._previous = [_zeros(b.plan.states, b) for b in buckets]
@@ -247,7 +247,7 @@ class Sample:
 class SampledBucket:
     """Parameters of one dtype and device, and the plan over them, made from the first gradient.
 
-    A few blocks may hold most of a gradient: those of the embeddings of frequent words, say. A sample by hash alone
+    A few blocks may hold most of a gradient, such as those of the embeddings of frequent words. A sample by hash alone
     misses them or overrates them (GR_T of a sixteenth of an embedding-heavy model: 35 % off, against 2.4 %; see
     bench/sampling.py), so the heaviest blocks of the first gradient are visited in any case.
     """
@@ -267,7 +267,7 @@ class SampledBucket:
         return self._bucket.plan(self._sample, self._seed, replicates=gk.REPLICATES, certain=self.certain, align=ALIGN)
 
     def grads(self) -> Sequence[Tensor]:
-        """The gradients as the plan wants them; zeros for a parameter that has none."""
+        """The gradients as the plan needs them; zeros for a parameter without gradient."""
         return self.plan.spread(self._grads())
 
     def _grads(self) -> list[Tensor]:
@@ -292,7 +292,7 @@ def require_readable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def names_of(optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """id of each parameter -> the name that the optimizer was given for it, else "group.index"."""
+    """id of each parameter -> its name if the optimizer knows it, else "group.index"."""
     return {
         id(p): name
         for g, group in enumerate(optimizer.param_groups)

@@ -62,7 +62,7 @@ class Statistics:
         self._temporal.restart()
 
     def fold(self, window: Window) -> Reading | None:
-        """Take in the steps of a window, waiting for them if they have not arrived; the reading that they make."""
+        """Add the steps of a window, waiting for those that have not arrived; return the reading that they make."""
         arrays = iter(window.transfer.arrays())
         ages = Ages([next(arrays) for _ in window.rows[-1]] if window.rows else [])
         rows = Rows(window.rows, arrays)
@@ -135,7 +135,7 @@ class Statistics:
         return gr_t, _known(error), f"GR_T not ready: needs {missing:.0f} more steps" if missing > 0 else None
 
     def _read_spatial(self, window: Window, groups: Groups | Unavailable) -> tuple[Spatial | None, str | None]:
-        """S and G2 so far, None without, and a note where they are missing, not ready or not of this step."""
+        """S and G2 so far, None without groups, and a note where they are missing, not ready or not of this step."""
         if isinstance(groups, Groups) and not self._spatial.update(*two_batch(*groups)):
             groups = Unavailable("gradients out of range", transient=True)
         if isinstance(groups, Unavailable):
@@ -158,7 +158,7 @@ def _micro_rows(micro: Collected, arrays: list[Array]) -> Rows:
 
 
 def _changed(micro: Rows, rows: Rows) -> str | None:
-    """Says so if the step's gradient is another one than that after its last micro-batch."""
+    """A note if the gradient of the step is not the one after its last micro-batch."""
     if not micro.totals:
         return None
     before, after = (math.sqrt(sums.totals[-1][GRAD_SQ]) for sums in (micro, rows))
@@ -171,7 +171,7 @@ def _changed(micro: Rows, rows: Rows) -> str | None:
 
 
 def _spread(groups: Groups, error: float, batch_size: float) -> tuple[float, float]:
-    """Standard errors of GR_S and of the noise scale that follow from a relative one of the groups' squares."""
+    """Standard errors of GR_S and of the noise scale that follow from a relative error of the groups' squares."""
     if error == 0.0:
         return 0.0, 0.0
     ends = [two_batch([sq * (1.0 + e) for sq in groups.group_sq], *groups[1:]) for e in (-error, error)]

@@ -15,7 +15,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Transfer:
-    """Float64 tensors that nobody writes to any more, as arrays once the device has computed them.
+    """Float64 tensors that no longer change, as arrays once the device has computed them.
 
     tensors  arrive as they are
     summed   arrive added up over the ranks of `group`, by one all-reduce for all of them
@@ -30,7 +30,7 @@ class Transfer:
             together = torch.cat([t.reshape(-1) for t in summed])
             self._work = dist.all_reduce(together, group=group, async_op=True)
             if together.device.type != "cpu":
-                self._work.wait()  # not for the device: it orders the stream, and so the copy, after the sum
+                self._work.wait()  # the stream waits, not the host: the copy comes after the sum
                 self._work = None
             self._copies.append(self._copy(together))
 
@@ -48,7 +48,7 @@ class Transfer:
         return all(event.query() for event in self._events) and (self._work is None or self._work.is_completed())
 
     def arrays(self) -> list[Array]:
-        """The values, those of `summed` last; waits for the device and the ranks where they are not done.
+        """The values, those of `summed` last. Waits for the device and the ranks if they are not done.
 
         Raises RuntimeError if a rank is gone or does not answer within its group's timeout.
         """

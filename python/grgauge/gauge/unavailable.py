@@ -1,4 +1,4 @@
-"""Why a gauge has nothing to say, in one place and one form."""
+"""Why a gauge has no reading, in one place and one form."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unavailable:
-    """Stands where a quantity would.
+    """Takes the place of a quantity that is not available.
 
-    reason     in words, without the quantity's name
-    transient  True if only this reading is skipped, so that what earlier ones said still holds
+    reason     one phrase, without the quantity's name
+    transient  True if only this reading is skipped, so that earlier ones still hold
     """
 
     reason: str

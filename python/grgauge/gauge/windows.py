@@ -1,4 +1,4 @@
-"""The sums of steps, from the optimizer's step to the host: gathered between two readings, sent, folded in."""
+"""The sums of steps, from the optimizer's step to the host: collected between two readings, copied, added."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from .ranks import Ranks
 
 IN_FLIGHT = 20
-"""Readings after which the oldest are worked out although nobody has asked for them."""
+"""Readings in flight after which the oldest are computed even if nobody has asked for them."""
 
 STEPS_AT_ONCE = 64
-"""Steps whose sums travel together at most, so that no more are kept where readings are far apart."""
+"""The most steps whose sums travel together, so that memory is bounded where readings are far apart."""
 
 
 @dataclass
 class Settings:
-    """What a user may assign anew at any time: see `Gauge`."""
+    """What a user may change at any time; see `Gauge`."""
 
     batch_size: float
     groups: int | None
@@ -45,7 +45,7 @@ class Window:
     rows        the sums of each step
     micro       the micro-batches of the last one, if it is read
     transfer    the steps' ages and sums, then what `micro` and `ranks` need
-    read        True if they become a reading
+    read        True if they make a reading
     comparable  True if the norm of the micro-batches' gradient and that of the step's should be the same
     """
 
@@ -62,14 +62,14 @@ class Window:
 
 
 class Windows:
-    """The steps that have been made and are not in a reading yet.
+    """The steps that are not in a reading yet.
 
     optimizer   whose steps they are
-    statistics  takes them in, in order
+    statistics  gets them in order
     micro       the micro-batches of the step in progress
-    problem     tells why there is no GR_T just now, None if there is
-    comparable  tells if the norm of the micro-batches' gradient and that of the step's should be the same
-    restart     starts the whole gauge cold
+    problem     returns why there is no GR_T at present, None if there is
+    comparable  returns True if the norm of the micro-batches' gradient should be that of the step's
+    restart     makes the whole gauge start cold
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Windows:
         self._in_flight: list[Window] = []
 
     def take(self, sums: list[BucketSums], settings: Settings) -> None:
-        """Take in the sums of a step, none if no parameter was trained."""
+        """Add the sums of a step; an empty list if no parameter was trained."""
         layout = [bucket.params for bucket in sums]
         if layout and (len(layout) != len(self._layout) or not all(map(operator.is_, layout, self._layout))):
             self._lay_out(layout, settings)
@@ -115,27 +115,27 @@ class Windows:
             self.reading()
 
     def reading(self) -> Reading | None:
-        """The newest reading, after taking in what has arrived."""
+        """The newest reading, after adding the steps that have arrived."""
         while self._in_flight and self._has_arrived(self._in_flight[0]):
             self._finish()
         return self.newest
 
     def finish(self, settings: Settings) -> None:
-        """Take in all steps, waiting for them."""
+        """Add all steps, waiting for those in flight."""
         if self._rows:
             self._send(settings, read=False)
         while self._in_flight:
             self._finish()
 
     def _has_arrived(self, window: Window) -> bool:
-        # Ranks must not go by what each of them happens to have received: their readings would differ.
+        # Ranks must not decide by what has arrived on each of them: their readings would differ.
         return window.step < self.step if self.ranks is not None else window.transfer.done()
 
     def _finish(self) -> None:
         self.newest = self.statistics.fold(self._in_flight.pop(0)) or self.newest
 
     def _lay_out(self, layout: list[list[Tensor]], settings: Settings) -> None:
-        """Take notice of which parameters the sums are of. Other ones than before: start cold."""
+        """Remember which parameters the sums belong to. If they are not those of before, start cold."""
         names = names_of(self._optimizer)
         sharded = [names[id(p)] for ps in layout for p in ps if is_sharded(p)]
         if sharded and self.ranks is None:
@@ -147,11 +147,11 @@ class Windows:
         known = self.statistics.table
         table = Table([names[id(p)] for ps in layout for p in ps], sizes, known.beta)
         before, now = ([id(p) for ps in own for p in ps] for own in (self._layout, layout))
-        # A parameter that has moved within its groups has another name, and is the same. A loaded state has names only.
+        # A parameter that has moved within its groups has another name, but is the same. A loaded state has only names.
         if before == now if before else (table.names, table.sizes) == (known.names, known.sizes):
             known.names = table.names
             if self._rows:
-                self._send(settings, read=False)  # sums of one layout travel together
+                self._send(settings, read=False)  # only sums of one layout travel together
         else:
             if known.names:
                 self._restart()
@@ -159,7 +159,7 @@ class Windows:
         self._layout = layout
 
     def _send(self, settings: Settings, read: bool) -> None:
-        """Let the sums gathered so far travel to the host, to be folded in and, with `read`, to become a reading."""
+        """Start the copy of the sums so far to the host, where they are added and, with `read`, make a reading."""
         rows, micro = self._rows, self._micro.collect() if read else Collected()
         tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*micro.sums))]  # noqa: B905
         if micro.norms is not None:

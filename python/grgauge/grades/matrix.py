@@ -1,4 +1,4 @@
-"""The weight matrices that GradES watches: which ones a model has, and how one stops and resumes training."""
+"""The weight matrices that GradES monitors: which ones a model has, and how training of one stops and resumes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 Scale = Literal["level", "element", "matrix"]
 
 LEVEL_READINGS = 5
-"""Readings whose mean is a matrix's early level: single ones scatter by a few per cent from batch to batch."""
+"""How many readings make a matrix's early level, their mean: single ones scatter by a few per cent."""
 
 LORA = re.compile(r"lora_([ab])(?=\.|$)", re.IGNORECASE)
 WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))
-"""What torch.compile and checkpoint wrappers put into the names of modules."""
+"""What wrappers for torch.compile and activation checkpointing add to the names of modules."""
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Matrix:
     """One weight matrix or LoRA pair.
 
     params  its parameters
-    owners  the modules that hold them, and under which names; several where weights are tied
+    owners  the modules that hold them, with the names there; several where weights are tied
     frozen  the step whose reading froze it
     below   readings in a row below tau
-    early   the readings that its level is the mean of
+    early   the readings whose mean is its level
     """
 
     name: str
@@ -52,7 +52,7 @@ class Matrix:
         return sum(self.early) / LEVEL_READINGS if len(self.early) == LEVEL_READINGS else None
 
     def in_units_of(self, scale: Scale, value: float) -> float:
-        """A mean over elements in the units of tau; NaN as long as there is no level."""
+        """A mean over elements, in the units of tau; NaN before there is a level."""
         if scale == "level":
             return value / self.level if self.level else math.nan
         return value if scale == "element" else value * self.numel
@@ -62,13 +62,12 @@ class Matrix:
             p.grad = None
 
     def halt(self, detour: bool | None = None) -> None:
-        """Compute no gradient from the next forward on."""
+        """Stop computing the gradient, from the next forward on."""
         if self._halted:
             return
         self._halted = True
         if detour is None:
-            # FSDP2 asks for requires_grad anew in every forward, DDP once. A module inside DDP cannot be told from one
-            # that is not.
+            # FSDP2 looks at requires_grad in every forward, DDP only once, and a module cannot know that it is in DDP.
             detour = _many_ranks() and not any(hasattr(p, "device_mesh") for p in self.params)
         if detour:
             self._detours = [hook for owner in self.owners for hook in _detour(*owner)]
@@ -77,7 +76,7 @@ class Matrix:
             p.requires_grad_(False)
 
     def resume(self) -> None:
-        """Compute the gradient again."""
+        """Resume computing the gradient."""
         if not self._halted:
             return
         self._halted = False
@@ -136,14 +135,14 @@ def _inside_blocks(model: nn.Module) -> set[int]:
             blocks = [child for child in container.children() if any(True for _ in child.children())]
             kinds = Counter(map(type, blocks))
             for block in blocks:
-                # A list is there to be gone through, however long; in other containers it takes two to be a pattern.
+                # A list of modules is always a sequence of blocks; other containers only with at least two of a kind.
                 if isinstance(container, nn.ModuleList) or kinds[type(block)] > 1:
                     inside.update(map(id, block.modules()))
     return inside
 
 
 class _Touch(torch.autograd.Function):
-    """x, with an edge to a weight along which an undefined gradient goes: DDP then takes the weight for done."""
+    """x, with an edge to a weight that carries an undefined gradient: DDP then counts the weight as ready."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ class _Touch(torch.autograd.Function):
 
 
 def _detour(module: nn.Module, name: str) -> tuple[Any, Any]:
-    """Have a module compute with a detached weight; returns the two hooks that do it."""
+    """Make a module compute with a detached weight; return the two hooks that do it."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
@@ -163,10 +162,10 @@ def _detour(module: nn.Module, name: str) -> tuple[Any, Any]:
             return None
         weight = module._parameters[name]
         assert weight is not None
-        module.__dict__[name] = weight.detach()  # found before the parameter, which stays where it is
+        module.__dict__[name] = weight.detach()  # an attribute is found before the parameter, which stays registered
         x = values[0]
         touched = _Touch.apply(x, weight)
-        # Self-attention tells by identity that query, key and value are one.
+        # Self-attention recognises by identity that query, key and value are the same.
         args = tuple(touched if v is x else v for v in args)
         return args, {key: touched if v is x else v for key, v in kwargs.items()}
 

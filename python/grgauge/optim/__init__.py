@@ -1,6 +1,6 @@
 """AdamW whose step also takes the gauges' sums.
 
-AdamW      torch.optim.AdamW's semantics, one kernel call for the parameters of a group that share device and dtype
+AdamW      torch.optim.AdamW's semantics; one kernel call for all parameters of a group that share a device and a dtype
 """
 
 from .adamw import AdamW, unwrapped

@@ -1,4 +1,4 @@
-"""AdamW whose step also reads the gauges: torch.optim.AdamW's semantics, one kernel call a bucket."""
+"""AdamW whose step also takes the gauges' sums: torch.optim.AdamW's semantics, one kernel call for each bucket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .param_bucket import BucketSums, Gradients, ParamBucket, StatesAs, Unclippe
 ParamGroup = dict[str, Any]
 Observer = Callable[[list[BucketSums]], None]
 
-# How the sums of a compiled step reach its observers: an op that the compiler neither looks into nor drops nor moves.
+# How the sums of a compiled step reach its observers: an op that the compiler neither traces nor drops nor moves.
 _library = torch.library.Library("grgauge", "FRAGMENT")
 _library.define("observed(Tensor[] stats, Tensor[] steps, SymInt optimizer) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 _compiled: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary()
@@ -39,7 +39,7 @@ _routed_by, _kind_of = operator.itemgetter("amsgrad", "differentiable"), operato
 
 
 class _Known(NamedTuple):
-    """What the buckets were made of; where the optimizer has something else now, they are made anew.
+    """What the buckets were made from. As soon as the optimizer has something else, they are made again.
 
     groups     its param_groups, and the parameters and options of each
     state      the keys and values of its state
@@ -64,9 +64,9 @@ class AdamW(torch.optim.AdamW):
     The kernels take parameters of float32, bfloat16 and float16. Others, and groups with amsgrad or differentiable, are
     updated by torch's own AdamW, and no sums are taken of them.
 
-    Under torch.compile the step is part of the graph, one op a bucket, and observers are called as ever. The graph ends
-    at a step with a closure, hooks, clipping, sharded parameters or parameters that torch updates, and goes on after
-    it. A number as lr is compiled in: let a scheduler change a tensor.
+    Under torch.compile the step is part of the graph, one op for each bucket, and observers are called as usual. The
+    graph ends at a step with a closure, hooks, clipping, sharded parameters or parameters that torch updates, and goes
+    on after it. A number as lr becomes a constant of the graph: with a scheduler, use a tensor.
 
     Args:
         params: As in torch.optim.AdamW.
@@ -86,8 +86,8 @@ class AdamW(torch.optim.AdamW):
         skip_nonfinite: With max_grad_norm: where the norm is not finite, change nothing at all in that step.
         flat: Place moments in one flat buffer per group, device and dtype, and, from `zero_grad(set_to_none=False)` on,
             gradients too (`grgauge_kernels.FlatBuckets`). Parameters keep their own memory.
-        state_dtype: Of both moments, whatever the parameters are: torch.float32, or torch.bfloat16 with stochastic
-            rounding, which moves 20 instead of 28 bytes per float32 parameter and step.
+        state_dtype: The dtype of both moments, whatever the parameters are: torch.float32, or torch.bfloat16 with
+            stochastic rounding, which moves 20 instead of 28 bytes per float32 parameter and step.
         stochastic_rounding: Round bfloat16 parameters stochastically, so that small updates are not lost although there
             is no copy in float32. torch rounds to nearest.
         backend: A name from `grgauge_kernels.backends()`, or None for the best one of each device.
@@ -161,7 +161,7 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _begin(self) -> None:
-        """What no other optimizer, be it a copy or unpickled, takes over from this one."""
+        """Set what a copy or an unpickled optimizer must not take over from this one."""
         self.grad_norm: Tensor | None = None
         self._observers: list[Observer] = []
         self._unclipped: tuple[Unclipped, Observer] | None = None
@@ -179,17 +179,17 @@ class AdamW(torch.optim.AdamW):
         )
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Call `observer` with the sums of every step from now on; returns a function that ends it."""
+        """Call `observer` with the sums of every step from now on; return a function that stops it."""
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
 
     def observe_unclipped(self, observer: Observer, unclipped: Unclipped) -> Callable[[], None]:
-        """The same of gradients before clipping, of which the pass that reads their norm keeps EMAs in `unclipped`.
+        """The same for gradients before clipping; the pass that reads their norm also keeps their EMAs, in `unclipped`.
 
-        Raises ValueError if somebody has EMAs kept already.
+        Raises ValueError if EMAs are kept for another observer already.
         """
         if self._unclipped is not None:
-            raise ValueError("unclipped is the second one: EMAs of this optimizer's gradients are being kept already")
+            raise ValueError("unclipped is the second one: this optimizer keeps EMAs of its gradients already")
         self._unclipped = unclipped, observer
 
         def end() -> None:
@@ -219,7 +219,8 @@ class AdamW(torch.optim.AdamW):
         return self._step(closure)
 
     # Optimizer.__init__ would wrap step() in the bookkeeping of hooks and profiler, which costs a fifth of a step at
-    # 0.1 M parameters. So marked, step() stays as it is, and goes through that wrapper only where somebody looks.
+    # 0.1 M parameters. Marked like this, step() is not wrapped, and goes through that wrapper only where there are
+    # hooks or a profiler.
     unwrapped_step(step)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
@@ -236,9 +237,9 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _update(self, grads: list[Gradients]) -> tuple[list[BucketSums], list[BucketSums]]:
-        """One update of everything: the sums of each bucket, and those before clipping, if somebody observes them.
+        """One update of everything. Returns the sums of each bucket, and those before clipping if they are observed.
 
-        What is refused, in whichever bucket, is refused before the first is changed.
+        Errors are raised before the first bucket is changed, whichever bucket they concern.
         """
         inv_scale = reciprocal(getattr(self, "grad_scale", None))
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -254,7 +255,7 @@ class AdamW(torch.optim.AdamW):
             stats = [bucket.measure(own, inv_scale, backend) for bucket, own in both]
         if self.max_grad_norm is not None:
             clip, found_inf = self._clip(self.max_grad_norm, stats, inv_scale, found_inf)
-        sums = bool(self._observers)
+        sums = len(self._observers) > 0  # bool() of a list is more than torch 2.11's compiler can trace
         updates = [bucket.prepare(own, inv_scale, found_inf, clip, sums, backend) for bucket, own in both]
         seen = [bucket.step(*update) for bucket, update in zip(self._buckets, updates, strict=True)]
         if self._known is not None and self._known.others:
@@ -304,7 +305,7 @@ class AdamW(torch.optim.AdamW):
         if device.type != "cpu":
             norm = norm.where(~broken, torch.nan)
         elif broken:
-            # The sums left something out: NaN, an infinity or a huge number, which clip_grad_norm_ tells apart.
+            # The sums left something out. clip_grad_norm_ treats NaN, infinities and huge numbers differently.
             every = [p.grad for bucket in buckets for p in bucket.params if p.grad is not None]
             total = torch.nn.utils.get_total_norm([*every, *others])
             norm = getattr(total, "full_tensor", lambda: total)().double() * scale
@@ -320,12 +321,12 @@ class AdamW(torch.optim.AdamW):
         return [p.grad for _, params in others for p in params if p.grad is not None]
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
-    # A graph ends before such a step and goes on behind it: hooks and closures may do anything, no graph can tell if
-    # parameters and gradients still are in a flat buffer, and clipping leaves a tensor with the optimizer.
+    # A graph ends before such a step and continues after it: hooks and closures may do anything, a graph cannot check
+    # that parameters and gradients are still in a flat buffer, and clipping stores a tensor on the optimizer.
     _untraced_step = disable_dynamo(_hooked_step)
 
     def _traced_step(self) -> None:
-        """The step as part of a compiled function's graph: an op a bucket, and one for the observers."""
+        """The step as part of a compiled function's graph: one op for each bucket, and one for the observers."""
         self._init_group()
         if self._untraceable:
             self._untraced_step(None)
@@ -337,9 +338,9 @@ class AdamW(torch.optim.AdamW):
                 torch.ops.grgauge.observed.default(stats, steps, self._number)
 
     def _init_group(self) -> None:  # type: ignore[override]
-        """Whatever a trace cannot follow: torch's compiler runs the method of this name when it traces a step.
+        """Everything that a trace cannot follow: torch's compiler runs the method of this name when it traces a step.
 
-        What it leaves behind is guarded: another set of gradients, say, is traced anew.
+        The compiler guards what this method sets: with another set of gradients, for example, it traces again.
         """
         self._collect()
         others = self._known is not None and self._known.others
@@ -354,9 +355,9 @@ class AdamW(torch.optim.AdamW):
                 bucket.flatten_grads()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim.AdamW, by way of the hooks for it, as in torch."""
+        """Load a state_dict of this class or of torch.optim.AdamW; load hooks run as in torch."""
         loaded: list[Mapping[str, Any]] = []
-        # The last hook before, and the first one after: between them is torch's own loading.
+        # The last hook before torch's own loading, and the first one after it.
         before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         after = self.register_load_state_dict_post_hook(lambda _: self._keep_float32(loaded[-1]), prepend=True)
         try:
@@ -366,7 +367,7 @@ class AdamW(torch.optim.AdamW):
             after.remove()
 
     def _keep_float32(self, state_dict: Mapping[str, Any]) -> None:
-        """torch has cast moments to the parameters' dtype; where that lost bits, take the saved ones as they are."""
+        """torch has cast moments to the parameters' dtype; where that lost bits, use the saved ones instead."""
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, (group, p) in zip(indices, params, strict=True):
@@ -381,11 +382,11 @@ class AdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_observers" not in self.__dict__:  # a copy, or unpickled; else somebody loads a state
+        if "_observers" not in self.__dict__:  # copied or unpickled; otherwise a state is being loaded
             self._begin()
 
     def _collect(self) -> list[Gradients]:
-        """This step's gradients of each bucket; the buckets are made anew where they no longer fit."""
+        """This step's gradients of each bucket; buckets that no longer fit are made again."""
         if not self._is_current():
             return self._build()
         collected = [bucket.collect(list(map(_grad_of, bucket.params))) for bucket in self._buckets]
@@ -394,14 +395,14 @@ class AdamW(torch.optim.AdamW):
         return collected
 
     def _commit(self) -> None:
-        """Put the buckets' moments into `state`, and remember what it then is."""
+        """Put the buckets' moments into `state`, and remember the result."""
         for bucket in self._buckets:
             bucket.commit(self.state)
         assert self._known is not None
         self._known = self._known._replace(state=(list(self.state), list(self.state.values())))
 
     def _is_current(self) -> bool:
-        """True if the buckets are still made of what the optimizer has. All loops run in the interpreter's C code."""
+        """True if the optimizer still has what the buckets were made from. All loops run in C code."""
         known = self._known
         return (
             known is not None
@@ -420,18 +421,18 @@ class AdamW(torch.optim.AdamW):
         old = {(id(bucket.group), bucket.device, bucket.dtype): bucket for bucket in self._buckets}
         buckets, outsiders, others = list[ParamBucket](), list[Tensor](), list[tuple[ParamGroup, list[Tensor]]]()
         for group in self.param_groups:
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             rest = list[Tensor]()
             for p in group["params"]:
                 if is_lazy(p) or not (p.requires_grad or p.grad is not None or self.state.get(p)):
                     outsiders.append(p)
                 elif takes(group, p.dtype, p.layout):
-                    alike.setdefault((p.device, p.dtype), []).append(p)
+                    together.setdefault((p.device, p.dtype), []).append(p)
                 else:
                     rest.append(p)
             if rest:
                 others.append((group, rest))
-            for key, params in alike.items():
+            for key, params in together.items():
                 states = [self.state.get(p) for p in params]
                 before = old.get((id(group), *key))
                 if before and before.is_of(params, states) and before.fits():
@@ -450,7 +451,7 @@ class AdamW(torch.optim.AdamW):
 
 
 PASSED_ON = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")
-"""Options of a group that torch's function is given as they are."""
+"""Options of a group that are passed to torch's function unchanged."""
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -461,7 +462,7 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _over_shards(sums: Tensor, param: Any) -> Tensor:
-    """Added up over the ranks that hold the shards of a DTensor."""
+    """`total` added up over the ranks that hold the shards of a DTensor."""
     for dim, placement in enumerate(param.placements):
         if placement.is_shard():
             torch.distributed.all_reduce(sums, group=param.device_mesh.get_group(dim))
@@ -469,7 +470,7 @@ def _over_shards(sums: Tensor, param: Any) -> Tensor:
 
 
 def _observed(stats: list[Tensor], steps: list[Tensor], optimizer: int) -> None:
-    """Hand a compiled step's sums to the observers. Its memory is the graph's to reuse, so they get copies."""
+    """Pass a compiled step's sums to the observers. The graph may reuse their memory, so observers get copies."""
     own = _compiled[optimizer]
     seen = [
         BucketSums(bucket.params, bucket.plan, sums.clone(), count.clone())

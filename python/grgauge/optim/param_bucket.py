@@ -1,11 +1,12 @@
 """The parameters of one optimizer group that one kernel call updates: their gradients, moments and step counts.
 
-The truth is the optimizer's `param_groups` and `state`. What is kept here is a cache of it: `fits` tells if it still
-is one, and where it is not, it is made anew.
+The optimizer's `param_groups` and `state` are the truth. A bucket is a cache of them: as soon as `fits` is False, it is
+made again.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from torch import Tensor
 
 import grgauge_kernels as gk
 
+from .._torch_compat import local_shape_and_offset
+
 
 @dataclass
 class BucketSums:
-    """What one step's kernel call saw of one bucket.
+    """What the kernel call of one step has measured in one bucket.
 
     params  the parameters
     plan    the chunks visited
@@ -37,7 +40,7 @@ class BucketSums:
 
 @dataclass
 class Unclipped:
-    """EMAs of gradients as they are before clipping, m <- beta m + (1 - beta) g.
+    """EMAs of gradients before clipping, m <- beta m + (1 - beta) g.
 
     state  parameter -> (its EMA, float32 [elements that this rank holds]; number of updates it has had, float32 [])
     """
@@ -47,11 +50,11 @@ class Unclipped:
 
 
 class StatesAs(NamedTuple):
-    """How an optimizer keeps what it has of each parameter.
+    """How an optimizer stores the states of its parameters.
 
     dtype   of both moments, float32 or bfloat16, which is rounded stochastically
     flat    new moments are views of one flat buffer each
-    stochastic_rounding  bfloat16 parameters are rounded so, too
+    stochastic_rounding  bfloat16 parameters are rounded stochastically, too
     """
 
     dtype: torch.dtype
@@ -60,16 +63,16 @@ class StatesAs(NamedTuple):
 
 
 ALIGN = 8
-"""Elements: 32 bytes of a gauge's own states."""
+"""In elements: in a gauge's own states every segment begins at a multiple of it, 32 bytes."""
 
 SHIFTS = {"exp_avg": 256, "exp_avg_sq": 512}
-"""Elements by which flat moments are out of step with flat gradients and each other: 9 % of a step at 1 M."""
+"""In elements: how far flat moments are shifted against flat gradients and each other. Saves 9 % of a step at 1 M."""
 
 PLANS = 16
 """Plans kept, one for each set of parameters without a gradient: experts and heads take turns."""
 
 Gradients = Sequence[Tensor]
-"""Of one bucket, as its kernel call is given them. Nobody keeps them after the step: set to None, they are freed."""
+"""The gradients of one bucket, as its kernel call takes them. They are not retained after the step."""
 
 _moments_of = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
@@ -80,21 +83,21 @@ def same(these: Collection[Any], those: Collection[Any]) -> bool:
 
 
 def takes(group: Mapping[str, Any], dtype: torch.dtype, layout: torch.layout) -> bool:
-    """True if the kernels can update such parameters of this group; torch's own AdamW does the others."""
+    """True if the kernels can update such parameters of this group; torch's own AdamW updates the others."""
     plain = not (group["amsgrad"] or group["differentiable"])
     return plain and dtype in gk.DTYPES and layout == torch.strided
 
 
 class ParamBucket:
-    """Parameters of one group that share a device and a dtype: one kernel call a step.
+    """Parameters of one group that share a device and a dtype: one kernel call in each step.
 
     group   the param_group
-    params  some of its parameters
-    states  for each of them its dict in the optimizer's state, None if it has none or an empty one
-    states_as  how moments are kept, and what random bits their rounding takes
+    params  the parameters of the group that are in this bucket
+    states  for each parameter its dict in the optimizer's state; None if it has none, or an empty one
+    states_as  how moments are stored, and which random bits their rounding takes
 
-    Moments that are there already are used as they are. Only those that a kernel cannot use, as they are of another
-    dtype or laid out unlike the parameter, are replaced by copies that it can.
+    Existing moments are used as they are. Only those that a kernel cannot use, because of another dtype or another
+    layout than the parameter's, are replaced by copies.
 
     Raises ValueError for a moment that is not of its parameter's shape, and for sharded parameters with flat moments.
     Nothing is changed before `commit`.
@@ -115,11 +118,10 @@ class ParamBucket:
         self.sharded = any(map(is_sharded, params))
         if self.sharded and states_as.flat:
             raise ValueError("flat=True needs parameters in one piece; these are sharded (DTensor): use flat=False")
-        self._held = gk.Stream(map(local, params))
-        # A kernel goes through memory in order. A parameter with gaps in it is updated in a copy without.
-        dense = [t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in self._held]
-        self.copied = [(t, own) for t, own in zip(self._held, dense, strict=True) if t is not own]
-        self.own = gk.Stream(dense) if self.copied else self._held
+        held = [local(p) for p in params]
+        # A kernel goes through memory in order. A parameter with gaps is updated in a copy without gaps.
+        self.own = gk.Stream(t if gk.is_dense(t) else torch.empty_like(t, requires_grad=False) for t in held)
+        self.copied = [(t, own) for t, own in zip(held, self.own, strict=True) if t is not own]
         self.dtype, self.device = self.own[0].dtype, self.own[0].device
         self.bucket = gk.Bucket(self.own)
         self.rows = self.bucket.plan_rows(align=ALIGN)
@@ -130,10 +132,11 @@ class ParamBucket:
         self.steps = _counts([state.get("step", 0.0) for state in self.states], self.device)
         first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
         self.exp_avgs, self.exp_avg_sqs = gk.Stream(map(local, first)), gk.Stream(map(local, second))
+        self._all = gk.Stream([*held, *self.exp_avgs, *self.exp_avg_sqs])
         self._tensors = list(chain.from_iterable(zip(self.steps.unbind(), first, second, strict=True)))
 
     def commit(self, state: dict[Tensor, Any]) -> None:
-        """Put moments and step counts into the optimizer's state, for parameters that have one or a gradient now."""
+        """Put moments and step counts into the optimizer's state, for parameters with a state or a gradient."""
         for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
             own["step"], own["exp_avg"], own["exp_avg_sq"] = self._tensors[3 * i : 3 * i + 3]
             if i in self.pending and i not in self.missing:
@@ -141,17 +144,17 @@ class ParamBucket:
                 self.pending.remove(i)
 
     def is_of(self, params: list[Tensor], states: list[dict[str, Any] | None]) -> bool:
-        """True if it was made of these very parameters and states."""
+        """True if the bucket was made from these very parameters and states."""
         own = [None if i in self.pending else state for i, state in enumerate(self.states)]
         return same(self.params, params) and same(own, [state or None for state in states])
 
     @property
     def joined(self) -> bool:
-        """True if a parameter has its first gradient."""
+        """True if a parameter has got its first gradient."""
         return bool(self.pending) and not self.pending.issubset(self.missing)
 
     def fits(self) -> bool:
-        """True if parameters and moments still are where and what they were. Their dicts are the optimizer's to check.
+        """True if parameters and moments are what and where they were. The optimizer checks their dicts itself.
 
         All loops run in the interpreter's C code.
         """
@@ -161,11 +164,11 @@ class ParamBucket:
                 return False
         except KeyError:
             return False
-        held = [local(p) for p in self.params] if self.sharded else None
-        return self._held.stands(held) and self.exp_avgs.stands() and self.exp_avg_sqs.stands()
+        now = [*map(local, self.params), *self.exp_avgs, *self.exp_avg_sqs] if self.sharded else None
+        return self._all.stands(now)
 
     def _moments(self, name: str) -> list[Tensor]:
-        """One moment of each parameter: the one that it has, else zeros."""
+        """One moment of each parameter: the existing one, or zeros."""
         found = [state.get(name) for state in self.states]
         missing = [i for i, moment in enumerate(found) if moment is None]
         dtype = self._states_as.dtype
@@ -192,7 +195,7 @@ class ParamBucket:
         return torch.zeros_like(like, dtype=dtype, requires_grad=False).copy_(moment)
 
     def collect(self, grads: Sequence[Tensor | None]) -> Gradients:
-        """This step's gradients, one a parameter, as the kernel takes them; plans to leave out those that are None.
+        """This step's gradients, one for each parameter, as the kernel takes them; the plan leaves out missing ones.
 
         Raises RuntimeError for a sparse gradient.
         """
@@ -202,7 +205,7 @@ class ParamBucket:
         if self.sharded:
             present = [None if grad is None else local(grad) for grad in present]
         for i in missing:
-            present[i] = self.own[i]  # a stand-in of the right size, which the plan never visits
+            present[i] = self.own[i]  # a placeholder of the right size, which the plan never visits
         try:
             stream = gk.Stream(present)
             in_order = self.own.in_order and stream.in_order
@@ -221,8 +224,12 @@ class ParamBucket:
         if missing not in self._plans:
             if len(self._plans) >= PLANS:
                 self._plans.pop(next(iter(self._plans)))
-            # Whatever is missing, the others keep their places in a state.
+            # Whichever gradients are missing, the others keep their places in a state.
             plan = gk.Plan(self.bucket, self.rows[~np.isin(self.rows[:, 0], missing)])
+            if self.sharded:
+                # Elements are numbered as in the whole tensors, lest all ranks round theirs by the same random bits.
+                begins = [-elements_before(p) for p in self.params]
+                plan.origins = torch.tensor(begins, dtype=torch.int64, device=self.device)
             present = np.ones(len(self.params), dtype=np.float32)
             present[list(missing)] = 0.0
             self._plans[missing] = plan, torch.from_numpy(present).to(self.device)
@@ -230,9 +237,9 @@ class ParamBucket:
         self.missing = missing
 
     def traced_grads(self) -> Gradients:
-        """What `collect` returned, in a compiled graph: the gradients of the day."""
+        """What `collect` returned, for use inside a compiled graph: the gradients of the step that runs."""
         grads = [p.grad for p in self.params]
-        # Always true; it is here for the compiler, which sees that the plan rests on it and guards it.
+        # Always true. The compiler sees the condition that the plan depends on, and guards it.
         assert self.missing == tuple([i for i, grad in enumerate(grads) if grad is None])
         return [p if grad is None else _laid_out_like(p, grad) for p, grad in zip(self.own, grads, strict=True)]
 
@@ -254,18 +261,18 @@ class ParamBucket:
         found_inf: Tensor | None,
         backend: str | None,
     ) -> tuple[Tensor, BucketSums]:
-        """As `measure`, and in the same pass the EMAs: their sums, which are NaN if the step is to be skipped."""
+        """As `measure`, and update the EMAs in the same pass. Also returns their sums, NaN if the step is skipped."""
         ema, steps = self._states_of(unclipped)
         ema = ema[: self.plan.states]
-        stats, told = averaged(
+        stats, reported = averaged(
             grads, self.plan, ema, unclipped.beta, steps, self.present, inv_scale, found_inf, backend
         )
-        return stats, BucketSums(self.params, self.plan, told, steps)
+        return stats, BucketSums(self.params, self.plan, reported, steps)
 
     def _states_of(self, unclipped: Unclipped) -> tuple[Tensor, Tensor]:
-        """The EMA of all parameters, laid out as the plan is, and their numbers of updates; the state views both."""
+        """The EMA of all parameters, laid out like the plan, and their numbers of updates; the state views both."""
         if self.emas is None or self.emas[0] is not unclipped:
-            # Of a tensor without elements there are no rows.
+            # A tensor without elements has no rows.
             begin = {segment: int(place) for segment, place in reversed(self.rows[:, [0, 3]].tolist())}
             size = int((self.rows[:, 2] + self.rows[:, 3]).max(initial=0))
             ema = torch.zeros(size, dtype=torch.float32, device=self.device)
@@ -288,7 +295,7 @@ class ParamBucket:
         sums: bool,
         backend: str | None,
     ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """All of an update but what changes something: the arguments of `step`."""
+        """Everything of an update that changes nothing yet. Returns the arguments of `step`."""
         group, device = self.group, self.steps.device
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != device:
@@ -325,7 +332,7 @@ class ParamBucket:
         try:
             stats = update()
         except BaseException:
-            self.steps.sub_(counted)  # no update was made, so none may be counted
+            self.steps.sub_(counted)  # nothing was updated, so nothing is counted
             raise
         if self.copied:
             with torch.no_grad():
@@ -345,7 +352,7 @@ def averaged(
     found_inf: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One update of an EMA: the sums as measured, and as they are told, which is NaN where `found_inf` skips the step.
+    """One update of an EMA. Returns the sums as measured, and the sums to report: NaN where `found_inf` skips the step.
 
     steps    numbers of updates, to which `present` is added
     """
@@ -355,7 +362,7 @@ def averaged(
         steps.add_(present)
         return stats, stats
     skip = found_inf != 0
-    # NaN makes every element non-finite, which leaves the EMA as it is, without asking the device.
+    # A scale of NaN makes every element non-finite, which leaves the EMA as it is without waiting for the device.
     own = torch.ones((), dtype=torch.float32, device=steps.device) if inv_scale is None else inv_scale
     scale = torch.where(skip, torch.nan, own)
     stats = gk.measure_(grads, plan, ema=ema, beta=beta, inv_scale=scale, backend=backend)
@@ -364,20 +371,29 @@ def averaged(
 
 
 def is_sharded(t: Tensor) -> bool:
-    """True for a DTensor, as FSDP2 makes of parameters: what it holds here is part of it."""
+    """True for a DTensor, which FSDP2 makes of each parameter: this rank holds only a part of it."""
     return hasattr(t, "to_local")
 
 
 def local(t: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank holds; any other tensor is its own."""
+    """The part of a sharded tensor that this rank holds; any other tensor unchanged."""
     if not is_sharded(t):
         return t
-    with torch.no_grad():  # else a copy's worth of autograd comes along
+    with torch.no_grad():  # otherwise autograd records it
         return t.to_local()  # type: ignore[attr-defined]
 
 
+def elements_before(t: Any) -> int:
+    """Elements of a DTensor in the shards before this rank's; as many on all ranks that hold the same shard.
+
+    Sharded along its first dimension, as FSDP2 does it, that is where the shard begins in the whole tensor.
+    """
+    shape, offset = local_shape_and_offset(t.shape, t.device_mesh, t.placements)
+    return sum(n * math.prod(shape[:d]) * math.prod(t.shape[d + 1 :]) for d, n in enumerate(offset))
+
+
 def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the memory order of its parameter; a copy only where autograd chose another."""
+    """The gradient in the memory order of its parameter; a copy only where autograd chose another order."""
     if grad.layout != torch.strided:
         raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
     if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
@@ -392,7 +408,7 @@ def _counts(steps: Iterable[Tensor | float], device: torch.device) -> Tensor:
 
 
 def reciprocal(scale: Tensor | None) -> Tensor | None:
-    """What gradients under a loss scale are multiplied by. A tensor: asking its value would wait for the device."""
+    """The factor that undoes a loss scale. A tensor, because reading its value would wait for the device."""
     return None if scale is None else scale.float().reciprocal()
 
 

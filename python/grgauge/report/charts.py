@@ -19,10 +19,10 @@ from . import numerals
 from .study import Study, Trial
 
 CROWD = 30
-"""With more trials than this, only those of the recommended line are numbered in the plane."""
+"""With more trials than this, the plane shows numbers only for those of the recommended line."""
 
 WIDE, NARROW = 1000, 358
-"""Every picture is drawn twice, in pixels of a desk and of a phone, so that its letters stay readable on both."""
+"""Every picture is drawn twice, for a wide screen and for a phone, so that its text stays readable on both."""
 
 
 def tag(name: str, *inside: str, **attributes: object) -> str:
@@ -37,12 +37,12 @@ def _plain(value: object) -> str:
 
 
 def _svg(width: float, height: float, label: str, *inside: str) -> str:
-    # role=group: what is inside stays open to a screen reader, since every trial says what it is
+    # role=group: a screen reader still reads what is inside, where every trial says what it is
     return tag("svg", *inside, viewBox=f"0 0 {width:.0f} {height:.0f}", role="group", aria_label=label)
 
 
 def _text(x: float, y: float, words: str, class_: str = "", anchor: str = "start") -> str:
-    # nothing comes after the lowered letter, so nothing has to be raised again
+    # nothing follows the subscript, so the baseline need not be restored
     lowered = re.sub(r"GR_([TS])$", r'GR<tspan class="sub" dy="3">\1</tspan>', escape(words))
     return tag("text", lowered, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
 
@@ -56,11 +56,11 @@ def _rect(x: float, y: float, width: float, height: float, class_: str, round_: 
 
 
 def _of(trial: Trial, *inside: str, class_: str) -> str:
-    """What belongs to a trial, and lights up together wherever it is drawn."""
+    """A group for what belongs to one trial; all of a trial's groups are highlighted together."""
     return tag("g", *inside, class_=f"trial {class_}", data_trial=trial.number)
 
 
-def _told(trial: Trial, *inside: str, class_: str) -> str:
+def _with_tooltip(trial: Trial, *inside: str, class_: str) -> str:
     """The same with a tooltip, which a screen reader reads."""
     return _of(trial, tag("title", escape(str(trial))), *inside, class_=class_)
 
@@ -91,11 +91,11 @@ class Scale:
 
     @staticmethod
     def over(values: Iterable[float], start: float, end: float, base: int = 0) -> Scale:
-        """Just wide enough for the values that can be shown, with some air."""
+        """Just wide enough for the values that can be shown, with a margin."""
         known = [value for value in values if (value > 0.0 if base else not math.isnan(value))]
         low, high = (min(known), max(known)) if known else (1.0, 1.0)
         if base:
-            # whole powers, but for what is a hair beside one
+            # whole powers of the base; an end that lies just beside one counts as it
             below, above = math.floor(math.log(low, base) + 0.02), math.ceil(math.log(high, base) - 0.02)
             return Scale(float(base) ** below, float(base) ** max(above, below + 1), start, end, base)
         spread = high - low
@@ -173,7 +173,7 @@ def plane(study: Study, width: float) -> str:
     parts.append(_text((left + right) / 2, bottom + 38, "GR_T", "axis strong", "middle"))
     parts.append(_text(right, bottom + 38, "LR too high →", "axis", "end"))
     parts.append(_text(left - 7, y(0.625) + 4, "GR_S", "axis strong", "end"))
-    # in the two corners where trials are least likely to end
+    # legends stand in the two corners where trials are least likely to end
     hints = x(0.92 * theory.period2()), y(0.96), y(0.025)
     parts.append(_text(hints[0], hints[1], "batch too small ↑", "axis", "end"))
     parts.append(_text(hints[0], hints[2], "batch too large ↓", "axis", "end"))
@@ -203,7 +203,7 @@ def plane(study: Study, width: float) -> str:
 
     frame = left, top, right, bottom
     taken = [(hints[0] - 104, hint - 11, hints[0], hint + 3) for hint in hints[1:]]
-    # the recommended trial and the newest ones are drawn on top, and are the first to get a place for their number
+    # the recommended trial and the newest ones are drawn on top, and get a place for their number first
     ordered = sorted(trials, key=lambda trial: (look(trial) == "l0", trial is study.best, trial.number))
     shown = [trial for trial in ordered if trial.number in spots]
     for trial in shown:
@@ -215,7 +215,7 @@ def plane(study: Study, width: float) -> str:
         numbers[trial.number] = _label(spots[trial.number], f"{trial.number}", taken, frame) if named else ""
     for trial in shown:
         dot = _mark(*spots[trial.number], trial is study.best, trial.outcome)
-        parts.append(_told(trial, dot, numbers[trial.number], class_=look(trial)))
+        parts.append(_with_tooltip(trial, dot, numbers[trial.number], class_=look(trial)))
     label = f"Plane of GR_T and GR_S with {len(spots)} trials on {len(study.lines)} lines of weights. "
     if study.best and study.best.place:
         label += "Trial {} ended at GR_T {:.3g}, GR_S {:.2f}.".format(study.best.number, *study.best.place)
@@ -255,7 +255,7 @@ def _label(
     taken: list[tuple[float, float, float, float]],
     frame: tuple[float, float, float, float],
 ) -> str:
-    """The words at the first free place around the spot, which is then taken; nothing where all is full."""
+    """The label at the first free place around the spot; nothing if there is none."""
     half, (left, top, right, bottom) = 3.6 * len(words) + 1, frame
     for reach in (13.0, 19.0, 27.0):
         for eighth in (1, 7, 3, 5, 0, 2, 4, 6):
@@ -279,7 +279,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def timeline(study: Study, width: float) -> str:
-    """A row for each trial: its bar is what it cost, an elbow leads from the weights it inherited."""
+    """A row for each trial: the bar is its cost, an elbow comes from the trial whose weights it inherited."""
     trials, x = study.trials, _samples_axis(study, width)
     row = max(3.5, min(26.0, 720.0 / len(trials)))
     thick, top = max(2.5, row - 8.0 if row > 16.0 else row - 2.0), 6.0
@@ -303,13 +303,13 @@ def timeline(study: Study, width: float) -> str:
         star = "★ " if trial is study.best else ""
         name = _text(x.start - 8, y + 4, f"{star}{trial.number}", "number", "end") if shown else ""
         note = _beside(trial, left, end, x, y) if row > 13.0 else ""
-        parts.append(_told(trial, elbow, bar, name, note, class_=study.hues[trial.number]))
+        parts.append(_with_tooltip(trial, elbow, bar, name, note, class_=study.hues[trial.number]))
     label = f"Timeline of {len(trials)} trials over {numerals.count(max(ends.values()))} samples."
     return _svg(width, bottom + 40, label, *parts, _samples_ticks(x, bottom))
 
 
 def _beside(trial: Trial, left: float, right: float, x: Scale, y: float) -> str:
-    """The configuration, right of the bar or else left of it and its elbow."""
+    """The configuration, to the right of the bar, or to the left of the bar and its elbow."""
     words = f"lr {numerals.scientific(trial.lr)} · batch {numerals.count(trial.batch)}"
     room = 6.4 * len(words) + 14.0
     if right + room < x.end:
@@ -325,7 +325,7 @@ def class_of(outcome: str) -> str:
 
 
 class Panel(NamedTuple):
-    """One of the curves' diagrams: `read` gives a trial's (samples, value), `reach` is shown in any case."""
+    """One of the curves' diagrams: `read` gives a trial's (samples, value), `reach` is always shown."""
 
     name: str
     height: float

@@ -1,4 +1,4 @@
-"""What a study of trials found, as one HTML page that needs nothing else: no network, no scripts to work.
+"""What a study of trials found, as one HTML page that needs no network, and works without scripts.
 
 load   a stored study as plain numbers
 page   those as HTML
@@ -32,7 +32,7 @@ def page(study: Study) -> str:
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script  # ours
-    # the only script that a browser may run here, whatever a study may hold
+    # the only script that a browser may run here, whatever the study contains
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
     return Template(template).substitute(
         digest=digest,
@@ -56,7 +56,7 @@ def write(storage: str | Path | BaseStorage, path: str | Path, study_name: str |
 
 
 def _rich(words: str) -> str:
-    """Escaped, with the lowered letters of GR_T and GR_S, and with numbers that no line break cuts in two."""
+    """Escaped, with GR_T and GR_S as subscripts, and without line breaks inside numbers."""
     lowered = re.sub(r"GR_([TS])\b", r"GR<sub>\1</sub>", escape(words))
     return re.sub(r"\d[\d.]*e-\d+", r"<span class='whole'>\g<0></span>", lowered)
 

@@ -34,18 +34,18 @@ OUTCOMES = {
 """Optuna's state of a trial -> what the page calls it."""
 
 HUES = 5
-"""Lines of weights with a colour of their own; the others are grey."""
+"""How many lines of weights have a colour of their own; the others are grey."""
 
 
 class ReportError(ValueError):
-    """There is nothing to report on; the message says why and what to do."""
+    """There is nothing to report on; the message says why, and what to do."""
 
 
 # --- the study as plain numbers; nan stands for unknown ---------------------------------------------------------------
 
 
 class Point(NamedTuple):
-    """One reading. `samples` is what the whole study had cost by then."""
+    """One reading. `samples`: how many samples the whole study had used by then."""
 
     samples: float
     gr_t: float
@@ -60,10 +60,10 @@ class Trial:
     outcome   one of `OUTCOMES`' words
     parent    number of the trial whose weights it inherited
     loss      final smoothed training loss, or the last one that was recorded
-    start     samples that the study had cost when it began
-    samples   its own cost
-    evidence  the rule that ended it and the number it went by
-    notes     what happened on the way, in words
+    start     samples that the study had used when the trial began
+    samples   samples that the trial itself has used
+    evidence  the rule that ended it, and the number that the rule used
+    notes     what happened on the way, one line each
     losses    (samples, loss), samples as in `Point`
     """
 
@@ -89,7 +89,7 @@ class Trial:
 
     @cached_property
     def path(self) -> list[Point]:
-        """Its readings in the plane: those that know both gauges; of them the ready ones, if there are any."""
+        """Its readings in the plane: those that have both gauges; only the ready ones, if there are any."""
         known = [point for point in self.readings if point.gr_t > 0.0 and point.gr_s >= 0.0]
         return [point for point in known if point.ready] or known
 
@@ -147,9 +147,10 @@ class Study:
 
     @cached_property
     def lines(self) -> list[list[Trial]]:
-        """Trials that handed weights on, oldest first; the recommended line leads, the others follow by cost.
+        """Lines of trials that passed weights on, oldest trial first. The recommended line comes first, the others by
+        cost.
 
-        Of several heirs to the same weights the newest carries the line on: the others were rolled back.
+        If several trials inherited the same weights, the newest continues the line: the others were rolled back.
         """
         known = {trial.number: trial for trial in self.trials}
         heirs = {trial.parent: trial.number for trial in self.trials if trial.parent in known}
@@ -178,7 +179,7 @@ class Study:
         return "No verdict has been stored yet." if self.trials else "No trial has been stored yet."
 
     def to_dict(self) -> dict[str, Any]:
-        """The key figures, ready for JSON but for numbers that are not finite."""
+        """The key figures, ready for JSON except for numbers that are not finite."""
         return {
             "study": self.name,
             "verdict": self.verdict or None,
@@ -192,9 +193,9 @@ class Study:
 
 
 def load(storage: str | Path | BaseStorage, study_name: str | None = None) -> Study:
-    """The study in an SQLite file, behind any Optuna storage URL, or in a storage at hand; nothing is written to it.
+    """The study in an SQLite file, at an Optuna storage URL, or in an open storage; nothing is written to it.
 
-    Raises ReportError if optuna is missing, there is no such storage, or no single study that is meant.
+    Raises ReportError if optuna is missing, if there is no such storage, or if it is not clear which study is meant.
     """
     try:
         import optuna
@@ -232,7 +233,7 @@ def _open(storage: str) -> RDBStorage:
         database = make_url(url).database if url.startswith("sqlite:") else None
     except (SQLAlchemyError, ValueError) as error:
         raise _unreadable(storage, error) from error
-    # SQLite would make the file, and Optuna its tables, where somebody mistyped a name
+    # otherwise a mistyped name would make a new file with empty tables
     if database is not None and not Path(database).is_file():
         raise ReportError(f"there is no file {database if '://' in storage else storage}")
     try:
@@ -242,7 +243,7 @@ def _open(storage: str) -> RDBStorage:
 
 
 def _unreadable(storage: object, error: BaseException) -> ReportError:
-    # optuna puts words of its own around what the database said
+    # optuna wraps the database's own message
     why = str(error.__cause__ or error).partition("\n")[0]
     return ReportError(f"cannot read {storage} as an Optuna storage: {numerals.clip(why, 200)}")
 
@@ -250,7 +251,7 @@ def _unreadable(storage: object, error: BaseException) -> ReportError:
 def _study(name: str, attributes: Mapping[str, Any], stored: Iterable[FrozenTrial]) -> Study:
     trials: list[Trial] = []
     for frozen in stored:
-        # trials run one after the other: one that does not say when it began began when the one before ended
+        # trials run one after another: without a recorded start, a trial began when the one before it ended
         trials.append(_trial(frozen, trials[-1].end if trials else 0.0))
     recommended = _mapping(attributes.get("recommendation"))
     return Study(
@@ -298,7 +299,7 @@ def _trial(frozen: FrozenTrial, start: float) -> Trial:
 
 
 def _evidence(decision: Mapping[str, Any]) -> str:
-    """What the decision was and rests on, such as "retune · too low: GR_T 4.1 in [3.7, 4.6]"."""
+    """The decision and what it is based on, such as "retune · too low: GR_T 4.1 in [3.7, 4.6]"."""
     evidence = _mapping(decision.get("evidence"))
     value, interval = _number(evidence.get("value")), [_number(end) for end in _list(evidence.get("interval"))]
     number = "" if math.isnan(value) else f"{_words(evidence.get('quantity'))} {value:.3g}"
@@ -309,7 +310,7 @@ def _evidence(decision: Mapping[str, Any]) -> str:
 
 
 def _target(stored: Mapping[str, Any]) -> Target:
-    """The published one where none, or none that makes sense, was stored."""
+    """The stored target; the published one if none, or none that is valid, was stored."""
     known = {
         key: tuple(map(_number, value)) if isinstance(value, (list, tuple)) else _number(value)
         for key, value in stored.items()
@@ -327,7 +328,7 @@ def _number(value: object) -> float:
 
 
 def _words(value: object) -> str:
-    """Text as XML can hold it: no control characters, no halves of a character."""
+    """Text that XML allows: no control characters, no lone surrogates."""
     text = re.sub(r"[^\S\n]|[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", " ", value if isinstance(value, str) else "")
     return text.encode("utf-8", "replace").decode("utf-8").strip()
 
