@@ -35,10 +35,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from turns import append, origin
 
-from grgauge import AdamW, Autopilot, Config, Continue, Policy, TrainingError, Trial, tune
+from grgauge import AdamW, Autopilot, Config, Policy, TrainingError, Trial, tune
 from grgauge.cli.demo import CONTEXT, CharTransformer, Text
 from grgauge.invariance import Rule, Space
-from grgauge.policy import Evidence
 
 CSV = Path(__file__).parent / "results" / "starts.csv"
 COLUMNS = (
@@ -138,19 +137,14 @@ def regression() -> Task:
     return Task("regression", "loss", 40_000, model, loss, TensorDataset(x[:5000], y[:5000]), (x[5000:], y[5000:]))
 
 
-class Still(Policy):
-    """Changes nothing."""
-
-    def observe(self, *arguments: Any, **named: Any) -> Continue:
-        return Continue("a static run", Evidence("static"))
-
-
 def static(task: Task, config: Config) -> float:
     """Validation at the end of a run that changes nothing."""
     torch.manual_seed(0)
     model = task.model()
     optimizer = AdamW(model.parameters(), lr=config.lr)
-    pilot = Autopilot(model, optimizer, batch_size=config.batch_size, budget=task.samples, policy=Still())
+    pilot = Autopilot(
+        model, optimizer, batch_size=config.batch_size, budget=task.samples, policy=Policy.paper(max_moves=0)
+    )
     for batch in pilot.batches(task.data):
         pilot.step(task.loss(model, batch))
     return task.validate(model)

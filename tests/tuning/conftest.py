@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
-from tuning.scripted import SPACE, Told
+from tuning.scripted import SPACE, Scripted
 
 from grgauge import tune
 
@@ -55,8 +55,8 @@ def go(tmp_path, empty):
     """tune() in a folder of its own."""
     shutil.copy(empty, tmp_path / "run.db")
 
-    def go(train, *, orders=None, told=None, **changes):
-        made = told or (None if orders is None else Told(orders))
+    def go(train, *, orders=None, scripted=None, **changes):
+        made = scripted or (None if orders is None else Scripted(orders))
         settings = {
             "space": SPACE,
             "budget": 1024,

@@ -38,6 +38,6 @@ def main(rank, folder, end):
         tuned(folder / f"{end}.db", die_at=grief)
     except Exception as error:
         if rank == 0:
-            told = {"raised": f"{type(error).__name__}: {error}", "after": time.monotonic() - since}
-            (folder / f"{end}.json").write_text(json.dumps(told))
+            report = {"raised": f"{type(error).__name__}: {error}", "after": time.monotonic() - since}
+            (folder / f"{end}.json").write_text(json.dumps(report))
         raise

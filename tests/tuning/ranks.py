@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
-from tuning.scripted import SPACE, Told, retune
+from tuning.scripted import SPACE, Scripted, retune
 
 from grgauge import Advisor, Autopilot, Config, Gauge, Stop, TrainingError, tune
 from grgauge.policy import Evidence
@@ -47,9 +47,9 @@ def orders():
     }
 
 
-def tuned(storage, seen=None, wrap=DistributedDataParallel, budget=BUDGET, told=None, die_at=None, **changes):
+def tuned(storage, seen=None, wrap=DistributedDataParallel, budget=BUDGET, scripted=None, die_at=None, **changes):
     """`tune` with those orders on the ranks there are; rows seen go into `seen`."""
-    data, made = dataset(), Told(orders() if told is None else told)
+    data, made = dataset(), Scripted(orders() if scripted is None else scripted)
 
     def train(trial):
         model = wrap(net())
@@ -69,7 +69,7 @@ def tuned(storage, seen=None, wrap=DistributedDataParallel, budget=BUDGET, told=
     return tune(train, SPACE, policy=lambda **bounds: made, **settings)
 
 
-def told_of(result):
+def summary_of(result):
     return {
         "config": result.config,
         "used": result.used,
@@ -116,11 +116,11 @@ def rank_0_stops(folder):
     """A policy that only rank 0's process would stop by."""
     model = DistributedDataParallel(net())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    told = Told({320: Stop("enough", Evidence("told"))} if dist.get_rank() == 0 else {})
-    pilot = Autopilot(model, optimizer, batch_size=32, budget=10_000, policy=told, print=lambda line: None)
+    scripted = Scripted({320: Stop("enough", Evidence("script"))} if dist.get_rank() == 0 else {})
+    pilot = Autopilot(model, optimizer, batch_size=32, budget=10_000, policy=scripted, print=lambda line: None)
     for x, y in pilot.batches(dataset()):
         pilot.step(F.mse_loss(model(x[:, 1:]), y))
-    return {"used": pilot.used, "decisions": pilot.decisions, "asked": len(told.seen)}
+    return {"used": pilot.used, "decisions": pilot.decisions, "asked": len(scripted.seen)}
 
 
 def advised(folder):
@@ -141,28 +141,28 @@ def advised(folder):
 
 def undisturbed(folder):
     seen = []
-    return {**told_of(tuned(folder / "whole.db", seen)), "seen": seen}
+    return {**summary_of(tuned(folder / "whole.db", seen)), "seen": seen}
 
 
 def killed_before(folder):
     """Goes on where a job of two ranks was killed."""
     seen = []
-    return {**told_of(tuned(folder / "kill.db", seen)), "seen": seen}
+    return {**summary_of(tuned(folder / "kill.db", seen)), "seen": seen}
 
 
 def sharded(folder):
     """FSDP2, with weights that go back; stopped half-way, at a step that is read, and gone on with."""
-    told = {160: retune(Config(1e-2, 32)), 256: retune(Config(5e-3, 32), rollback=True)}
-    straight = tuned(folder / "straight.db", wrap=fully_shard, told=told, budget=640)
-    tuned(folder / "halves.db", wrap=fully_shard, told=told, budget=416)
+    scripted = {160: retune(Config(1e-2, 32)), 256: retune(Config(5e-3, 32), rollback=True)}
+    straight = tuned(folder / "straight.db", wrap=fully_shard, scripted=scripted, budget=640)
+    tuned(folder / "halves.db", wrap=fully_shard, scripted=scripted, budget=416)
     again = tuned(folder / "halves.db", wrap=fully_shard, budget=640)
-    return {"straight": told_of(straight), "again": told_of(again)}
+    return {"straight": summary_of(straight), "again": summary_of(again)}
 
 
 def begun_by_one(folder):
     """One process has trained half of it, without ranks."""
     seen = []
-    return {**told_of(tuned(folder / "one.db", seen, told={})), "seen": seen}
+    return {**summary_of(tuned(folder / "one.db", seen, scripted={})), "seen": seen}
 
 
 def loaders(folder):
@@ -176,7 +176,7 @@ def loaders(folder):
     for name, data in (("DataLoader", DataLoader(dataset(), 8, shuffle=True)), ("function", loader)):
         model = DistributedDataParallel(net())
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        pilot = Autopilot(model, optimizer, batch_size=50, budget=500, policy=Told({}), print=lambda line: None)
+        pilot = Autopilot(model, optimizer, batch_size=50, budget=500, policy=Scripted({}), print=lambda line: None)
         results[name] = []
         for x, y in pilot.batches(data):
             results[name] += x[:, 0].tolist()
@@ -198,7 +198,7 @@ def refusals(folder):
         return Autopilot(model, optimizer, batch_size=batch_size, budget=100, **options)
 
     def odd():
-        flown = pilot(module, policy=Told({32: retune(Config(1e-3, 33))}), print=lambda line: None)
+        flown = pilot(module, policy=Scripted({32: retune(Config(1e-3, 33))}), print=lambda line: None)
         for x, y in flown.batches(dataset()):
             flown.step(F.mse_loss(module(x[:, 1:]), y))
 

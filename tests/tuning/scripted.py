@@ -12,7 +12,7 @@ from grgauge.policy import Evidence
 SPACE = {"lr": (1e-5, 1.0), "batch_size": (8, 512)}
 
 
-class Told:
+class Scripted:
     """A `RuleSet` that decides as `orders` say: {study samples at which, counted here: Retune or Stop}.
 
     With what the tuner asks of a policy beside: its target, and batches that are allowed.
@@ -29,7 +29,7 @@ class Told:
         due = [at for at in self.orders if at <= self.total]
         if due:
             return self.orders.pop(due[0])
-        return Continue("as told", Evidence("told"))
+        return Continue("as the script says", Evidence("script"))
 
     def state_dict(self):
         return {"orders": self.orders, "total": self.total}
@@ -39,7 +39,7 @@ class Told:
 
 
 def retune(config, reuse=True, rollback=False):
-    return Retune(config, reuse, "as told", Evidence("told", None, "GR_T", float("inf")), rollback)
+    return Retune(config, reuse, "as the script says", Evidence("script", None, "GR_T", float("inf")), rollback)
 
 
 def linear(trial, data, optimizer=torch.optim.AdamW, schedule=None, seen=None):

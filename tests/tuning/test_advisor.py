@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tuning.scripted import Told, retune
+from tuning.scripted import Scripted, retune
 
 from grgauge import Advisor, Autopilot, Config, Gauge, Stop
 from grgauge.policy import Evidence
@@ -75,16 +75,18 @@ def test_the_autopilot_goes_back_to_saved_and_to_untrained_weights(digits):
     data, _ = digits
     model = net()
     untrained = model[0].weight.detach().clone()
-    told = Told(
+    scripted = Scripted(
         {
             320: retune(Config(0.01, 32)),
             640: retune(Config(0.002, 32), rollback=True),
             960: retune(Config(0.003, 32), reuse=False),
-            1280: Stop("enough", Evidence("told")),
+            1280: Stop("enough", Evidence("script")),
         }
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    pilot = Autopilot(model, optimizer, batch_size=32, budget=10_000, policy=told, every=1000, print=lambda line: None)
+    pilot = Autopilot(
+        model, optimizer, batch_size=32, budget=10_000, policy=scripted, every=1000, print=lambda line: None
+    )
     seen = []
     for x, y in pilot.batches(data):
         seen.append((pilot.steps, model[0].weight.detach().clone(), optimizer.param_groups[0]["lr"]))

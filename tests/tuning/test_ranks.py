@@ -48,7 +48,7 @@ def ended(folder):
 def two(ended, folder):
     """What each of two ranks has saved; they go on where `ended` was killed, and where one process stopped."""
     assert ended["kill"] == [-signal.SIGKILL] * 2
-    ranks.tuned(folder / "one.db", wrap=lambda model: model, told={}, budget=800)
+    ranks.tuned(folder / "one.db", wrap=lambda model: model, scripted={}, budget=800)
     torchrun(2, ranks.__file__, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -163,9 +163,9 @@ def test_two_ranks_go_on_where_one_process_stopped(two):
 
 def test_an_exception_on_one_rank_ends_the_other(ended, folder):
     assert ended["raise"] == [1, 1]
-    told = json.loads((folder / "raise.json").read_text("utf-8"))
-    assert told["raised"].startswith("TrainingError: the training function raised RuntimeError")
-    assert told["after"] < failing_ranks.TIMEOUT + 5.0
+    report = json.loads((folder / "raise.json").read_text("utf-8"))
+    assert report["raised"].startswith("TrainingError: the training function raised RuntimeError")
+    assert report["after"] < failing_ranks.TIMEOUT + 5.0
     study, stored = trials(folder, "raise")
     assert stored[-1][1] == "FAIL"
     assert study.user_attrs["used"] == failing_ranks.KILL_AT

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from tuning.scripted import SPACE, Told, linear, retune
+from tuning.scripted import SPACE, Scripted, linear, retune
 
 from grgauge import Config, Policy, TrainingError, tune
 from grgauge.tuning.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ import sys, torch, torch.nn.functional as F
 sys.path.insert(0, sys.argv[2])
 from torch import nn
 from torch.utils.data import TensorDataset
-from tuning.scripted import Told, retune
+from tuning.scripted import Scripted, retune
 from grgauge import Config, tune
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def train(trial):
 
 orders = {320: retune(Config(1e-2, 32)), 960: retune(Config(5e-3, 64)), 1280: retune(Config(3e-3, 32), rollback=True)}
 space = {"lr": (1e-5, 1.0), "batch_size": (8, 64)}
-start, made = Config(1e-3, 32), Told(orders)
+start, made = Config(1e-3, 32), Scripted(orders)
 every = float(sys.argv[3])
 result = tune(
     train, space, budget=1600, storage=sys.argv[1], start=start, checkpoint_every=every, policy=lambda **bounds: made
@@ -119,7 +119,7 @@ def train_once(regression, storage):
         SPACE,
         budget=400,
         storage=storage,
-        policy=lambda **bounds: Told(orders()),
+        policy=lambda **bounds: Scripted(orders()),
         start=Config(0.01, 32),
         checkpoint_every=1000.0,
     )

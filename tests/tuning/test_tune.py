@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
-from tuning.scripted import SPACE, Told, linear, retune
+from tuning.scripted import SPACE, Scripted, linear, retune
 
 from grgauge import AdamW, Config, Policy, Stop, TrainingError, tune
 from grgauge.cli.demo import CONTEXT, CharTransformer, Text
@@ -78,8 +78,8 @@ def test_the_published_rules_can_be_had(digits, go):
 
 
 def test_a_reused_trial_runs_at_the_new_learning_rate_and_batch(regression, go):
-    seen, told = [], Told({320: retune(Config(0.05, 64))})
-    go(lambda trial: linear(trial, regression, seen=seen), told=told, start=Config(0.01, 32))
+    seen, scripted = [], Scripted({320: retune(Config(0.05, 64))})
+    go(lambda trial: linear(trial, regression, seen=seen), scripted=scripted, start=Config(0.01, 32))
     sizes, rates = [], []
     size = 0
     for part, lr, stepped in seen:
@@ -91,7 +91,7 @@ def test_a_reused_trial_runs_at_the_new_learning_rate_and_batch(regression, go):
     assert sizes == [32] * 10 + [64] * 11
     assert rates == [0.01] * 10 + [pytest.approx(0.05)] * 11
     # weights and moments went on: the loss does not start again
-    losses = [loss for _, _, _, loss in told.seen]
+    losses = [loss for _, _, _, loss in scripted.seen]
     assert losses[10] < 1.3 * losses[9]
 
 
@@ -160,11 +160,11 @@ def sequential(optimizer):
 
 @pytest.mark.parametrize("schedule", [lambda_lr, cosine, one_cycle, sequential])
 def test_a_learning_rate_survives_the_users_scheduler(schedule, regression, go):
-    plain, changed, told = [], [], Told({320: retune(Config(0.03, 32))})
+    plain, changed, scripted = [], [], Scripted({320: retune(Config(0.03, 32))})
     go(lambda t: linear(t, regression, schedule=schedule, seen=plain), orders={}, start=Config(0.01, 32), every=1000)
     go(
         lambda t: linear(t, regression, schedule=schedule, seen=changed),
-        told=told,
+        scripted=scripted,
         start=Config(0.01, 32),
         every=1000,
         study_name="changed",
@@ -172,7 +172,7 @@ def test_a_learning_rate_survives_the_users_scheduler(schedule, regression, go):
     ratios = [new / old for (_, new, _), (_, old, _) in zip(changed, plain, strict=True)]
     assert ratios == pytest.approx([1.0] * 10 + [3.0] * 22)
     assert len({round(lr, 6) for _, lr, _ in plain}) > 15  # the schedule was at work
-    factors = [factor for _, _, factor, _ in told.seen]
+    factors = [factor for _, _, factor, _ in scripted.seen]
     assert factors == pytest.approx([lr / 0.01 for _, lr, _ in plain])
 
 

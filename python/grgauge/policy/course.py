@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from .._validation import require
 from ..reading import Reading
@@ -27,6 +27,14 @@ class Course:
         """The configuration, once one was seen."""
         assert self.config is not None
         return self.config
+
+    def follow(self, config: Config) -> bool:
+        """Take up what training runs at; True where that is another configuration than before."""
+        changed = config != self.config
+        if changed:
+            self.config = config
+            self.begin()
+        return changed
 
     def begin(self) -> None:
         """A configuration begins."""
@@ -55,14 +63,20 @@ class Course:
         self.begin()
         return Retune(to, reuse, reason, evidence, rollback)
 
-    @staticmethod
-    def from_state(state: Any) -> Course:
-        return restored(Course, state, "state['course']", config=lambda config: config and Config(**config))
 
-
-def restored(record: type[Record], state: Any, name: str, **parts: Callable[[Any], Any]) -> Record:
-    """A record from what `asdict` made of it, some of its parts by functions. Raises ValueError if it does not fit."""
-    names = sorted(f.name for f in fields(record))  # type: ignore[arg-type]
+def restored(record: type[Record], state: Any, name: str = "state") -> Record:
+    """A record, and the records in it, from what `asdict` made of it. Raises ValueError if it does not fit."""
+    kinds = get_type_hints(record)
     given = sorted(state) if isinstance(state, Mapping) else state
-    require(given == names, name, given, f"keyed {names}")
-    return record(**{**state, **{part: make(state[part]) for part, make in parts.items()}})
+    require(given == sorted(kinds), name, given, f"keyed {sorted(kinds)}")
+    return record(**{key: _part(kind, state[key], f"{name}[{key!r}]") for key, kind in kinds.items()})
+
+
+def _part(kind: Any, value: Any, name: str) -> Any:
+    """The value of a field of that type; a list is copied."""
+    record: Any = next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), None)
+    if value is None or record is None:
+        return list(value) if isinstance(value, list) else value
+    return (
+        [restored(record, item, name) for item in value] if isinstance(value, list) else restored(record, value, name)
+    )

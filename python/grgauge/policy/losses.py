@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import pairwise
 
 from ..smoothing import thin
-from .course import restored
 from .rules import RULES
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """The losses from one check to the next: their mean, and the age of the weights in samples at its end."""
 
     samples: float
@@ -85,16 +85,13 @@ class Losses:
 
     def at(self, samples: float) -> float | None:
         """Loss at that age, linear between blocks; None outside the curve."""
-        for (left, low), (right, high) in zip(self.curve, self.curve[1:], strict=False):
-            if left <= samples <= right:
-                return low + (high - low) * (samples - left) / (right - left) if right > left else high
+        for left, right in pairwise(self.curve):
+            if left.samples <= samples <= right.samples:
+                span = right.samples - left.samples
+                return left.loss + (right.loss - left.loss) * (samples - left.samples) / span if span else right.loss
         return None
 
     def cut(self, samples: float) -> None:
         """Forget what came after that age: the weights have gone back to it."""
         self.curve = [block for block in self.curve if block.samples <= samples]
         self.total, self.count, self.last = 0.0, 0, None
-
-    @staticmethod
-    def from_state(state: Any) -> Losses:
-        return restored(Losses, state, "state['losses']", curve=lambda curve: [Block(*block) for block in curve])

@@ -36,9 +36,8 @@ class Published:
         lr_factor: float = 1.0,
     ) -> Decision:
         s, course, limits = self._state, self._state.course, self._settings
-        if config != course.config:
-            course.config = config
-            self._begin()
+        if course.follow(config):
+            s.grad_norm = None
         step = None if reading is None else reading.step
         inside = limits.fit(config, config.lr, config.batch_size)
         if inside != config and course.moves < limits.max_moves:
@@ -85,15 +84,11 @@ class Published:
         if isinstance(decision, Retune):
             if not reuse:
                 s.course = Course(s.course.config, moves=s.course.moves)
-            self._begin()
+            s.grad_norm = None
         return decision
-
-    def _begin(self) -> None:
-        self._state.course.begin()
-        self._state.grad_norm = None
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state = restored(State, state, "state", course=Course.from_state)
+        self._state = restored(State, state)

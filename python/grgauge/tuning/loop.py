@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .._validation import require, require_count
 from ..gauge import Gauge
@@ -20,6 +21,7 @@ from ..invariance import Rule, decay_after
 from ..policy import Config, Continue, Decision, Policy
 from ..reading import Reading
 from . import state as states
+from .averaging import average_of, copy_weights, tried
 from .data import Cuts, Data, Source, source
 from .errors import TrainingError
 from .learning_rates import highest_lr, peak_lr, scale, scale_decay
@@ -59,6 +61,8 @@ class Loop:
     _set: tuple[float, float] | None  # learning rate before the newest change, and after
     _late: Reading | None  # of a saved state, and not yet observed: an attached gauge's reading comes one step late
     _stale: Reading | None  # of the configuration before
+    _average: AveragedModel | None  # None of a sharded model, which cannot be copied
+    _tried: list[float] | None  # losses of a trial of weights: while it goes on nothing is updated
 
     def __init__(
         self,
@@ -97,6 +101,7 @@ class Loop:
         self._others, self._open, self._set = (), None, None
         self._late = self._stale = self._sum = self._kept = None
         self._lr_factor, self._unsettled = 1.0, False
+        self._average = self._tried = None
 
     # --- what is trained ----------------------------------------------------------------------------------------------
 
@@ -115,6 +120,7 @@ class Loop:
         self.model, self._optimizer, self._others = model, optimizer, others
         self.gauge = Gauge(optimizer, self.config.batch_size, every=self._every, seed=self.seed)
         self._attach(self.gauge, model)
+        self._average = None if states.is_spread(model) else average_of(self.module)
         self.reading = None
         self._keep_gradients(optimizer)
         self._clear()
@@ -168,6 +174,12 @@ class Loop:
         assert self.model is not None
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The running average of the weights; None before the first step, and of a sharded model."""
+        average = self._average
+        return None if average is None or self.steps == 0 else average.module
+
     # --- batches and steps --------------------------------------------------------------------------------------------
 
     def source(self, data: Data) -> Source:
@@ -197,8 +209,38 @@ class Loop:
             self._open = (size, last)
             with nullcontext() if last else no_sync(self.model):
                 yield batch
-            if self._open is not None:
-                raise TrainingError("trial.step(loss) was not called: call it once for each of trial.batches()")
+            self._require_step()
+
+    def _require_step(self) -> None:
+        if self._open is not None:
+            raise TrainingError("trial.step(loss) was not called: call it once for each of trial.batches()")
+
+    def compare_average(self, data: Source, count: int, taken: list[float]) -> Iterator[Any]:
+        """`count` batches twice, without updates: for the weights at hand and for their average, whose losses go to
+        `taken`. The random draws of a model are the same for both."""
+        assert self.model is not None
+        assert self.averaged is not None
+        cuts = Cuts(self.part_size, self.micro_batch, count + 1, 1)
+        state, self.updating = states.random_state(), True  # weights are exchanged: an error goes back to a checkpoint
+        for average in (None, self.averaged):
+            states.set_random_state(state)
+            self._tried = []
+            with tried(self.module, average), no_sync(self.model):
+                for i in range(count):
+                    for size, batch in data.draw(self.samples + i * self.config.batch_size, i + 1, cuts):
+                        self._open = (size, False)
+                        yield batch
+                        self._require_step()
+            taken.append(
+                self.world.mean(torch.tensor(sum(self._tried) / count, dtype=torch.float64, device=self._device))
+            )
+            self._tried = None
+        self.updating = False
+
+    def take_average(self) -> None:
+        """Make the average the weights that are trained."""
+        assert self.averaged is not None
+        copy_weights(self.averaged, self.module, buffers=True)
 
     def step(self, loss: Tensor) -> bool:
         if self._open is None:
@@ -210,6 +252,11 @@ class Loop:
             what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TrainingError(f"trial.step() got {what}; it must be the mean loss, one number, before backward()")
         assert self.gauge is not None
+        if self._tried is not None:
+            self._device = loss.device
+            self._tried.append(float(loss.detach()) * self._open[0] / self.part_size)
+            self._open = None
+            return False
         self._check_gradients()
         (samples, last), self._open = self._open, None
         share = samples / self.part_size
@@ -228,6 +275,8 @@ class Loop:
         self.updating = False
         self.loss, self._device, self._sum, self._kept = self.world.mean(self._sum), self._sum.device, None, None
         self.samples, self.steps = self.samples + self.config.batch_size, self.steps + 1
+        if self._average is not None and (self.steps == 1 or self.steps % self._every == 0):
+            self._average.update_parameters(self.module)
         self._unsettled = True
         return True
 
@@ -337,6 +386,7 @@ class Loop:
         gauge, newest = self.gauge.state_dict(), self._newest
         return {
             **states.take(self.module, self._optimizer, self._others),
+            "average": None if self._average is None else self._average.state_dict(),
             "gauge": gauge,
             "late": newest.to_dict() if newest is not None and newest is not self.reading else None,
             "config": asdict(self.config),
@@ -349,6 +399,8 @@ class Loop:
     def restore(self, state: dict[str, Any]) -> None:
         assert self.gauge is not None
         states.put(state, self.module, self._optimizer, self._others)
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         self.gauge.load_state_dict(state["gauge"])
         self._late = None if state["late"] is None else Reading(**state["late"])
         self.config = Config(**state["config"])

@@ -48,6 +48,7 @@ class Trial(View):
     _live: dict[str, Any] | None  # what `watch` has to restore
     _snapshot: str | None  # the checkpoint of weights to go back to
     _stopped: bool
+    _loss_of_average: float | None  # at the end, where it is lower than that of the newest weights
     _origin: Origin  # what the study was begun with
 
     def __init__(
@@ -126,9 +127,18 @@ class Trial(View):
                 begun with.
             TypeError: For other kinds of data.
         """
-        drawn_from = self._loop.source(data)
+        drawn_from, loop = self._loop.source(data), self._loop
         self._origin.compare_data(drawn_from.fingerprint())
-        yield from self._loop.batches(drawn_from, self._over, self._after_step)
+        yield from loop.batches(drawn_from, self._over, self._after_step)
+        if not self._stopped and self.used < self.budget and (count := self._compared):
+            losses: list[float] = []
+            yield from loop.compare_average(drawn_from, count, losses)
+            self.used += 2 * count * self.batch_size
+            self.record.samples += 2 * count * self.batch_size
+            self._loss_of_average = losses[1] if losses[1] < losses[0] else None
+            note = f"training loss of the averaged weights {losses[1]:.4g}, of the newest {losses[0]:.4g}"
+            log.info("%d samples: %s", self.used, note)
+            self.record.notes.append(note)
 
     def step(self, loss: Tensor) -> bool:
         """Backward of a batch's mean loss and, with the last micro-batch, the update; gradients are then cleared.
@@ -192,17 +202,32 @@ class Trial(View):
             self.record.end("COMPLETE", "the budget is spent", _decided("continue", "budget"))
         self._save(closed=self.record)
         self._trials.write(self.record)
+        if self._loss_of_average is not None:
+            loop.take_average()
         return output
 
+    @property
+    def final_loss(self) -> float:
+        """Of the weights that are the result: the mean of the last steps, or the average's in the comparison."""
+        return self.record.loss if self._loss_of_average is None else self._loss_of_average
+
+    @property
+    def _compared(self) -> int:
+        """Batches on which the newest weights and their average are compared at the end, each: half a percent of the
+        budget; none where that is fewer than 4, which would tell nothing."""
+        count = self.budget // (200 * self.batch_size)
+        return count if count >= 4 and self.averaged is not None else 0
+
     def _over(self) -> bool:
-        return self.used >= self.budget or self._stopped
+        """All is used, but for what the comparison at the end takes."""
+        return self.used + 2 * self._compared * self.batch_size >= self.budget or self._stopped
 
     def _after_step(self) -> None:
         loop = self._loop
         if loop.steps == 1 and not math.isfinite(loop.loss):
             raise TrainingError(f"the loss of untrained weights is {loop.loss}: no learning rate will help that")
         now = time.monotonic()
-        spent = self.used >= self.budget
+        spent = self._over()
         decision, fresh = loop.observe(due=spent or now - self._saved_at >= self._checkpoint_every)
         if fresh is not None:
             self.record.read(fresh)
@@ -300,7 +325,7 @@ class Trial(View):
         loop = self._loop
         if loop.gauge is not None:
             loop.settle(self._after_step)
-        if loop.half_done or not self._over():
+        if loop.half_done or not (self.used >= self.budget or self._stopped):
             done = f"{self.used} of {self.budget} samples"
             where = "calling trial.watch(model, optimizer)" if loop.gauge is None else "the loop over trial.batches()"
             raise TrainingError(
@@ -362,6 +387,7 @@ class Trial(View):
             "used": self.used,
             "snapshot": self._snapshot,
             "stopped": self._stopped,
+            "loss_of_average": self._loss_of_average,
             "micro_batch": self._loop.micro_batch,
             "origin": self._origin.state_dict(),
         }
@@ -372,7 +398,7 @@ class Trial(View):
     def _load(self) -> None:
         """Go on from the newest checkpoint, or begin."""
         loop = self._loop
-        self._live, self._snapshot, self._stopped = None, None, False
+        self._live, self._snapshot, self._stopped, self._loss_of_average = None, None, False, None
         self._clock = self._saved_at = time.monotonic()
         saved = self._checkpoints.newest()
         found = None if saved is None else saved["used"]
@@ -394,6 +420,7 @@ class Trial(View):
         loop.config = self.record.config
         self._live = None if saved["live"] is None else states.own(saved["live"], loop.world)
         self._snapshot, self._stopped = saved["snapshot"], saved["stopped"]
+        self._loss_of_average = saved["loss_of_average"]
         sizes = [size for size in (loop.micro_batch, saved["micro_batch"]) if size is not None]
         loop.micro_batch = min(sizes) if sizes else None
         if saved["closed"] is not None:
@@ -402,6 +429,7 @@ class Trial(View):
             self.record.number = None  # `begin` finds it if it is still running
         elif not self._over():  # finished, and now the budget is larger
             self.record = TrialRecord(**asdict(loop.config), parent=self.record.number, start_samples=self.used)
+            self._loss_of_average = None
 
 
 class _FromScratch(BaseException):

@@ -56,6 +56,16 @@ class View:
         return self._loop.model
 
     @property
+    def averaged(self) -> nn.Module | None:
+        """The running average of the weights, over about the newest tenth of the updates: often better than the weights
+        at a learning rate that is high. None before the first step, and of a model that fully_shard was applied to.
+
+        Its buffers, such as BatchNorm's statistics, are those of the weights themselves:
+        `torch.optim.swa_utils.update_bn` takes its own.
+        """
+        return self._loop.averaged
+
+    @property
     def micro_batch(self) -> int | None:
         """Samples that one backward pass on one rank may take; None: all of its part of the batch."""
         return self._loop.micro_batch
