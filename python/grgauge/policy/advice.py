@@ -41,6 +41,9 @@ LEAST = math.log10(1.25)
 NEAR = math.log10(3.0)
 """A learning rate or batch that is off by less counts as right."""
 
+STEP = 3.0
+"""The largest factor to be taken before looking again."""
+
 WIDEST = 1.0
 """log10 of the factor either way up to which "keep" is said; beyond, nobody can tell."""
 
@@ -62,7 +65,10 @@ class Correction:
     why: str
 
     def describe(self, name: str) -> str:
-        """In words, without the reason, such as "raise LR 4× [2, 12]"."""
+        """In words, without the reason, such as "raise LR 2.1× [1.2, 6]".
+
+        A factor beyond 3 is known too roughly to be taken in one step.
+        """
         low, high = self.interval
         if self.direction == "unknown":
             return f"{name}: cannot tell"
@@ -70,9 +76,9 @@ class Correction:
             return f"keep {name} [{_number(low)}, {_number(high)}]"
         if self.direction == "lower":
             low, high = (math.inf if end == 0.0 else 1.0 / end for end in (high, low))
-        if math.isinf(high):
-            return f"{self.direction} {name} ≥ {_number(low)}×, look again"
         times = self.factor if self.direction == "raise" else 1.0 / self.factor
+        if times > STEP or math.isinf(high):
+            return f"{self.direction} {name} ≥ {_number(min(STEP, times))}×, look again"
         return f"{self.direction} {name} {_number(times)}× [{_number(low)}, {_number(high)}]"
 
 
