@@ -36,7 +36,9 @@ demo: .venv/built
 examples: .venv/built
 	.venv/bin/python examples/transformers_trainer.py
 	.venv/bin/python examples/lightning_trainer.py
+	.venv/bin/python examples/accelerate_loop.py
 	.venv/bin/python examples/optuna_search.py
+	.venv/bin/python examples/ray_tune.py
 
 test: lint
 	.venv/bin/python -m pytest

@@ -1,87 +1,121 @@
-"""GradES on a small Llama: pre-trained on Python's library, fine-tuned on Python's documentation.
+"""GradES on a small Llama that was pre-trained on Python's library: what freezing saves, and what it costs.
 
-    full, full + early stopping (on validation loss), full + GradES, full + released (the package `grades`, where it is
-    installed), LoRA, LoRA + GradES
+    every step helps     300 steps on a large part of Python's documentation, each text seen once
+    ten times too long   900 steps on 16 KiB of it, seen 28 times
+    new head             300 steps on the text of the pre-training, with a new head on the trained body
+    LoRA                 300 steps on the documentation, adapters only
 
-All arms of a seed see the same batches, one after the other, and one AdamW; each is timed as it would be run, the
-validation passes of early stopping included. FLOPs are counted by torch once for every set of frozen matrices that
-occurs, outside the clock. Writes bench/results/grades.csv and grades.png, and prints the table.
+    full                 to the end
+    validation           full, stopped at the third validation in a row without a new best
+    delta, norm          the paper's metrics, below --tau of each matrix's early level
+    signal               what freezing may forfeit is below 2 % of the run's gain
+    released             the package `grades`, where it is installed, with a tau that half of the matrices reach
+    blind                full, stopped at the FLOPs of the arm it is compared with, without looking
 
-    python bench/grades.py [--seeds 5] [--steps 600] [--arms full "full + GradES"] [--quick]
+All arms of a seed see the same batches, one after the other, and one AdamW. Cost is FLOPs, counted by torch for every
+set of frozen matrices that occurs, validation passes included: the same on any machine, busy or not. Test loss and
+accuracy are taken fifteen times in a run and at its end, so that an arm is compared as a curve. "validation" and
+"blind" follow from the curve of "full". Interrupted, it goes on where it was.
 
-What there is to gain depends on how long the run is: freezing begins half-way, so it saves what the second half does in
-vain. 300 steps see the text nearly five times and 600 nearly ten times. Needs transformers and peft. --quick runs
-everything once, tiny, and writes nothing.
+--alone answers another question: it freezes each matrix alone at half of "every step helps", continues, and compares
+what the run loses by it with what the readings before said.
+
+    python bench/grades.py [--seeds 5] [--scenarios "new head" LoRA] [--alone] [--quick]
+
+Writes bench/results/grades.csv, grades.png and, with --alone, grades-alone.csv and .png; prints tables. Needs
+transformers and peft. --quick runs everything once, tiny, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import csv
 import importlib.util
 import math
 import sys
 import sysconfig
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from pydoc_data import topics
 from statistics import mean, stdev
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import peft
+import scipy.special
+import scipy.stats
 import torch
 import transformers
 import turns
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grgauge import AdamW, GradES
+from grgauge.grades.gradients import Metric
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).resolve().parents[1] / "build" / "bench"
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-COLUMNS = (
-    "date,commit,device,torch,seed,arm,metric,tau,steps,seconds,flops,loss,accuracy,frozen,hook_share,state_share,"
-    + ",".join(TYPES)
-)
-ARMS = ("full", "full + early stopping", "full + GradES", "full + released", "LoRA", "LoRA + GradES")
+COLUMNS = "date,commit,torch,scenario,seed,arm,step,flops,loss,accuracy,validation,frozen," + ",".join(TYPES)
+ALONE_COLUMNS = "date,commit,torch,seed,matrix,norm,drift,error,unrest,forfeited"
+ARMS = ("full", "delta", "norm", "signal", "released")
+FREEZING = ARMS[1:]
+PAPERS: dict[str, Metric] = {"delta": "delta", "norm": "norm"}
 
 
 @dataclass(frozen=True)
 class Size:
     """Tokens are bytes."""
 
-    width: int = 128
-    layers: int = 4
-    context: int = 128
+    width: int = 64
+    layers: int = 2
+    context: int = 64
     batch: int = 8
     pretraining: int = 1000
-    steps: int = 600
-    text: int = 2**16
-    """Of the documentation, to fine-tune on."""
-    validations: int = 30
-    """Validation passes of the early stopping, in a whole run."""
-    held_out: int = 16
-    """Batches in a validation pass, and in the final test."""
+    points: int = 15
+    """Of the curve of a run, and passes of the validation."""
+    held_out: int = 8
+    """Batches of 32 windows in a test; a validation is half as many."""
 
 
-QUICK = Size(width=32, layers=2, context=32, batch=4, pretraining=20, steps=40, validations=4, held_out=2)
+QUICK = Size(width=32, layers=2, context=32, batch=4, pretraining=20, points=4, held_out=2)
 
 
-@dataclass
-class Outcome:
-    steps: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-    loss: float = math.nan
-    accuracy: float = math.nan
-    hook_share: float = 0.0
-    state_share: float = 0.0
-    frozen_at: dict[str, int] = field(default_factory=dict)
+@dataclass(frozen=True)
+class Scenario:
+    steps: int
+    text: int = 2**19
+    """Of the documentation, to train on."""
+    head: bool = False
+    """Train on the text of the pre-training, with a new head."""
+    lora: bool = False
+
+
+SCENARIOS = {
+    "every step helps": Scenario(300),
+    "ten times too long": Scenario(900, text=2**14),
+    "new head": Scenario(300, head=True),
+    "LoRA": Scenario(300, lora=True),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is after a step."""
+
+    step: int
+    flops: float
+    loss: float
+    accuracy: float
+    validation: float
+    frozen: int
 
 
 # --- text, model, batches ---------------------------------------------------------------------------------------------
@@ -91,17 +125,25 @@ def as_bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
+def parts(text: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """80 % to train on, `length` at most; 10 % to validate on, 10 % to test on."""
+    a, b = int(0.8 * len(text)), int(0.9 * len(text))
+    return text[: min(length, a)], text[a:b], text[b:]
+
+
 def library() -> Tensor:
     """The source of the standard library's modules."""
     folder = Path(sysconfig.get_path("stdlib"))
     return as_bytes("".join(file.read_text(errors="ignore") for file in sorted(folder.glob("*.py"))))
 
 
-def documentation(size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """The language reference's topics: the first `size.text` to train on, 10 % to validate on, 10 % to test on."""
-    text = as_bytes("".join(topics.topics[name] for name in sorted(topics.topics)))
-    a, b = int(0.8 * len(text)), int(0.9 * len(text))
-    return text[: min(size.text, a)], text[a:b], text[b:]
+def documentation() -> Tensor:
+    """The language reference's topics."""
+    return as_bytes("".join(topics.topics[name] for name in sorted(topics.topics)))
+
+
+def texts(scenario: Scenario) -> tuple[Tensor, Tensor, Tensor]:
+    return parts(library(), len(library())) if scenario.head else parts(documentation(), scenario.text)
 
 
 def batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:
@@ -151,13 +193,13 @@ def scheduled(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 def pretrained(size: Size) -> dict[str, Tensor]:
     """The weights that every arm starts from, kept from run to run."""
     own = (size.width, size.layers, size.context, size.batch, size.pretraining)
-    file = CACHE / f"llama-{'-'.join(map(str, own))}.pt"
+    file = CACHE / f"llama-of-parts-{'-'.join(map(str, own))}.pt"
     if not file.exists():
         torch.manual_seed(0)
         model = untrained(size)
         optimizer = AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
         schedule = scheduled(optimizer, size.pretraining)
-        for _, tokens in zip(range(size.pretraining), batches(library(), size, 0), strict=False):
+        for _, tokens in zip(range(size.pretraining), batches(texts(Scenario(0, head=True))[0], size, 0), strict=False):
             optimizer.zero_grad()
             loss_of(model, tokens).backward()
             optimizer.step()
@@ -169,10 +211,10 @@ def pretrained(size: Size) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluated(model: nn.Module, text: Tensor, size: Size) -> tuple[float, float]:
+def evaluated(model: nn.Module, text: Tensor, size: Size, batches_of: int) -> tuple[float, float]:
     """(mean loss, share of next bytes that are right) on fixed windows."""
     losses, right = [], []
-    for _, tokens in zip(range(size.held_out), batches(text, size, 7), strict=False):
+    for _, tokens in zip(range(batches_of), batches(text, replace(size, batch=32), 7), strict=False):
         output = model(input_ids=tokens, labels=tokens)
         losses.append(float(output.loss))
         right.append(float((output.logits[:, :-1].argmax(-1) == tokens[:, 1:]).double().mean()))
@@ -180,22 +222,6 @@ def evaluated(model: nn.Module, text: Tensor, size: Size) -> tuple[float, float]
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
-
-
-class EarlyStopping:
-    """Stops at the third validation in a row without a new best."""
-
-    def __init__(self, model: nn.Module, text: Tensor, size: Size) -> None:
-        self._model, self._text, self._size = model, text, size
-        self._every = max(1, size.steps // size.validations)
-        self._best, self._worse = math.inf, 0
-
-    def done(self, step: int) -> bool:
-        if step % self._every == 0:
-            loss, _ = evaluated(self._model, self._text, self._size)
-            self._worse = 0 if loss < self._best else self._worse + 1
-            self._best = min(self._best, loss)
-        return self._worse >= 3
 
 
 def released_package() -> ModuleType | None:
@@ -229,34 +255,6 @@ class Released:
         return bool(self._control.should_training_stop)
 
 
-class Comparison(NamedTuple):
-    """The released package, and its tau."""
-
-    package: ModuleType
-    tau: float
-
-
-class Hook:
-    """Seconds spent in the step hooks that are registered inside the context."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.seconds = self._start = 0.0
-        self._optimizer = optimizer
-
-    def __enter__(self) -> Hook:
-        self._optimizer.register_step_pre_hook(self._begin)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._optimizer.register_step_pre_hook(self._end)
-
-    def _begin(self, *_: object) -> None:
-        self._start = time.perf_counter()
-
-    def _end(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-
-
 def flops_of(model: nn.Module, tokens: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         loss_of(model, tokens).backward()
@@ -264,81 +262,98 @@ def flops_of(model: nn.Module, tokens: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def trained(
-    arm: str, weights: dict[str, Tensor], size: Size, seed: int, options: dict[str, Any], comparison: Comparison | None
-) -> tuple[Outcome, GradES | None]:
-    """One arm, from the pre-trained weights to its end."""
+@dataclass
+class Setup:
+    """A model at the start of a run, and all that trains it."""
+
+    model: nn.Module
+    optimizer: AdamW
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def step(self, tokens: Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss = loss_of(self.model, tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.item()
+
+
+def head_of(model: nn.Module) -> Tensor:
+    return dict(model.named_parameters())["lm_head.weight"]
+
+
+def setup(scenario: Scenario, weights: dict[str, Tensor], size: Size, seed: int) -> Setup:
     torch.manual_seed(seed)
     model = untrained(size)
+    head = head_of(model).detach().clone()
     model.load_state_dict(weights)
-    lora = arm.startswith("LoRA")
-    if lora:
+    if scenario.head:
+        head_of(model).data.copy_(head)
+    if scenario.lora:
         model = with_lora(model)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(params, lr=3e-3 if lora else 1e-3, weight_decay=0.01)
-    train, validation, test = documentation(size)
-    hook, grades, released = Hook(optimizer), None, None
-    done: Callable[[int], bool] = lambda step: False  # noqa: E731
-    if "GradES" in arm:
-        with hook:
-            grades = GradES(model, optimizer, total_steps=size.steps, **options)
-        done = lambda step: grades.done  # noqa: E731
-    elif "released" in arm:
-        assert comparison is not None
-        released = Released(comparison.package, model, size.steps, comparison.tau, options["alpha"])
-        done = released.done
-    elif "early stopping" in arm:
-        done = EarlyStopping(model, validation, size).done
-    schedule = scheduled(optimizer, size.steps)
-    outcome, counted = Outcome(), {}
-    for step, tokens in zip(range(1, size.steps + 1), batches(train, size, seed), strict=False):
+    optimizer = AdamW(params, lr=3e-3 if scenario.lora else 1e-3, weight_decay=0.01)
+    return Setup(model, optimizer, scheduled(optimizer, scenario.steps))
+
+
+def released_tau(package: ModuleType, scenario: Scenario, weights: dict[str, Tensor], size: Size) -> float:
+    """The released package has no tau for a model of this size: take the median over matrices of what it measures
+    half-way between the end of its grace period and the end of a run."""
+    own = setup(scenario, weights, size, 1000)
+    released = Released(package, own.model, scenario.steps, 1e-300, 0.5)
+    at = math.ceil(0.75 * scenario.steps)
+    for step, tokens in zip(range(1, at + 1), batches(texts(scenario)[0], size, 1000), strict=False):
+        own.step(tokens)
+        released.done(step)
+    changes = sorted(s.change_history[-1][1] for s in released.callback.component_stats.values())
+    return float(changes[len(changes) // 2])
+
+
+def trained(
+    arm: str,
+    scenario: Scenario,
+    weights: dict[str, Tensor],
+    size: Size,
+    seed: int,
+    tau: float,
+    package: ModuleType | None,
+    advance: Callable[[], None],
+) -> tuple[list[Point], dict[str, int]]:
+    """One arm, from its start to its end: its curve, and the step at which each matrix froze."""
+    own = setup(scenario, weights, size, seed)
+    model, params = own.model, own.optimizer.param_groups[0]["params"]
+    train, validation, test = texts(scenario)
+    grades = released = None
+    every = 10 if scenario.steps >= 100 else 2
+    if arm == "signal":
+        grades = GradES(model, own.optimizer, total_steps=scenario.steps, metric="signal", every=every)
+    elif arm in PAPERS:
+        grades = GradES(model, own.optimizer, total_steps=scenario.steps, metric=PAPERS[arm], tau=tau, every=every)
+    elif arm == "released":
+        assert package is not None
+        released = Released(package, model, scenario.steps, tau, 0.5)
+    flops, counted, points = 0.0, {}, []
+    between = max(1, scenario.steps // size.points)
+    for step, tokens in zip(range(1, scenario.steps + 1), batches(train, size, seed), strict=False):
         trainable = frozenset(i for i, p in enumerate(params) if p.requires_grad)
         if trainable not in counted:
             counted[trainable] = flops_of(model, tokens)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        loss_of(model, tokens).backward()
-        optimizer.step()
-        schedule.step()
-        end = done(step)
-        outcome.seconds += time.perf_counter() - start
-        outcome.flops += counted[trainable]
-        outcome.steps = step
-        if grades is not None and grades.metric == "delta" and (step + 1) % grades.every == 0:
-            filled = [pair for pair in grades.state_dict()["filled"] if pair is not None]
-            state = sum(4 * previous.numel() for previous, _ in filled)
-            whole = sum(p.numel() * p.element_size() for p in model.parameters())
-            outcome.state_share = max(outcome.state_share, state / whole)
-        if end:
+        own.step(tokens)
+        flops += counted[trainable]
+        done = (grades is not None and grades.done) or (released is not None and released.done(step))
+        if step % between == 0 or step == scenario.steps or done:
+            frozen = sum(not p.requires_grad for p in params)
+            loss, accuracy = evaluated(model, test, size, size.held_out)
+            validated, _ = evaluated(model, validation, size, size.held_out // 2)
+            points.append(Point(step, flops, loss, accuracy, validated, frozen))
+        advance()
+        if done:
             break
-    outcome.hook_share = hook.seconds / outcome.seconds
-    outcome.loss, outcome.accuracy = evaluated(model, test, replace(size, held_out=4 * size.held_out))
-    if grades is not None:
-        outcome.frozen_at = grades.frozen
     if released is not None:
         stats = released.callback.component_stats
-        outcome.frozen_at = {name: s.frozen_at_step for name, s in stats.items() if s.frozen}
-    return outcome, grades
-
-
-def comparison_with(package: ModuleType, weights: dict[str, Tensor], size: Size, options: dict[str, Any]) -> Comparison:
-    """The released package has no tau for a model of this size: take the median over matrices of what it measures
-    half-way between the end of its grace period and the end of a run."""
-    torch.manual_seed(1000)
-    model = untrained(size)
-    model.load_state_dict(weights)
-    optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = scheduled(optimizer, size.steps)
-    released = Released(package, model, size.steps, 1e-300, options["alpha"])
-    at = math.ceil((1 + options["alpha"]) / 2 * size.steps)
-    for step, tokens in zip(range(1, at + 1), batches(documentation(size)[0], size, 1000), strict=False):
-        optimizer.zero_grad()
-        loss_of(model, tokens).backward()
-        optimizer.step()
-        schedule.step()
-        released.done(step)
-    changes = sorted(s.change_history[-1][1] for s in released.callback.component_stats.values())
-    return Comparison(package, float(changes[len(changes) // 2]))
+        return points, {name: s.frozen_at_step for name, s in stats.items() if s.frozen}
+    return points, {} if grades is None else grades.frozen
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -354,110 +369,260 @@ def steps_by_type(frozen_at: dict[str, int]) -> dict[str, float | str]:
     return {kind: mean(found[kind]) if found[kind] else "" for kind in TYPES}
 
 
+Runs = dict[tuple[str, int, str], list[dict[str, Any]]]
+"""(scenario, seed, arm) -> the rows of its curve."""
+
+
+def read(file: Path) -> Runs:
+    runs: Runs = defaultdict(list)
+    if file.exists():
+        with file.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                keys = ("step", "flops", "loss", "accuracy", "validation", "frozen")
+                numbers = {key: float(row[key]) for key in keys}
+                kinds = {kind: float(row[kind]) for kind in TYPES if row[kind]}
+                runs[row["scenario"], int(row["seed"]), row["arm"]].append(numbers | kinds)
+    return runs
+
+
+def by_validation(curve: list[dict[str, Any]], pass_flops: float) -> dict[str, Any]:
+    """Where early stopping would have ended a full run, with the cost of its passes."""
+    best, worse, passes, row = math.inf, 0, 0, curve[0]
+    for row in curve:
+        passes += 1
+        worse = 0 if row["validation"] < best else worse + 1
+        best = min(best, row["validation"])
+        if worse == 3:
+            break
+    return row | {"flops": row["flops"] + passes * pass_flops}
+
+
+def blind(curve: list[dict[str, Any]], flops: float) -> dict[str, float]:
+    """A full run, stopped when it has cost that much."""
+    own = [row["flops"] for row in curve]
+    return {key: float(np.interp(flops, own, [row[key] for row in curve])) for key in ("step", "loss", "accuracy")}
+
+
 def spread(values: list[float], form: str) -> str:
     deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{deviation}"
 
 
-def table(outcomes: dict[str, list[Outcome]]) -> str:
-    """Means over seeds; speed and FLOPs against the plain arm of the same kind and seed."""
+def differences(values: list[float]) -> str:
+    """The mean of paired differences with its 95 % interval."""
+    if len(values) < 2:
+        return f"{mean(values):+.4f}"
+    half = float(scipy.special.stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+    return f"{mean(values):+.4f} ± {half:.4f}"
+
+
+def table(runs: Runs, validation_flops: dict[str, float]) -> str:
+    """Means over seeds with standard deviations; differences are paired by seed, with 95 % intervals."""
     lines = [
-        "| arm | steps | faster | FLOPs | loss | accuracy, % | frozen | hook, % | state, % | attention, MLP at |",
-        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|:---|",
+        "| fine-tuning | arm | FLOPs | loss | accuracy, % | loss − full | loss − blind | frozen | attention, MLP at |",
+        "|:---|:---|---:|---:|---:|---:|---:|---:|:---|",
     ]
-    for arm, runs in outcomes.items():
-        plain = outcomes["LoRA" if arm.startswith("LoRA") else "full"]
-        pairs = list(zip(runs, plain, strict=True))
-        at = [steps_by_type(run.frozen_at) for run in runs]
-        halves = []
-        for kinds in (TYPES[:4], TYPES[4:]):
-            known = [step for steps in at for kind in kinds if isinstance(step := steps[kind], (int, float))]
-            halves.append(f"{mean(known):.0f}" if known else "–")
-        cells = [
-            arm,
-            spread([float(run.steps) for run in runs], ".0f"),
-            spread([other.seconds / run.seconds for run, other in pairs], ".2f") + "×",
-            spread([run.flops / other.flops for run, other in pairs], ".2f") + "×",
-            spread([run.loss for run in runs], ".4f"),
-            spread([100 * run.accuracy for run in runs], ".2f"),
-            spread([float(len(run.frozen_at)) for run in runs], ".0f"),
-            spread([100 * run.hook_share for run in runs], ".2f"),
-            spread([100 * run.state_share for run in runs], ".2f"),
-            ", ".join(halves),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for scenario in SCENARIOS:
+        for arm in ("full", "validation", *FREEZING):
+            stored = "full" if arm == "validation" else arm
+            seeds = sorted(seed for place, seed, name in runs if (place, name) == (scenario, stored))
+            seeds = [seed for seed in seeds if (scenario, seed, "full") in runs]
+            if not seeds:
+                continue
+            full = [runs[scenario, seed, "full"] for seed in seeds]
+            ends = [runs[scenario, seed, stored][-1] for seed in seeds]
+            if arm == "validation":
+                ends = [by_validation(curve, validation_flops[scenario]) for curve in full]
+            against = [blind(curve, end["flops"]) for curve, end in zip(full, ends, strict=True)]
+            halves = []
+            for kinds in (TYPES[:4], TYPES[4:]):
+                known = [end[kind] for end in ends for kind in kinds if kind in end]
+                halves.append(f"{mean(known):.0f}" if known else "–")
+            ratios = [end["flops"] / curve[-1]["flops"] for end, curve in zip(ends, full, strict=True)]
+            to_full = [end["loss"] - curve[-1]["loss"] for end, curve in zip(ends, full, strict=True)]
+            to_blind = [end["loss"] - other["loss"] for end, other in zip(ends, against, strict=True)]
+            cells = [
+                scenario,
+                arm,
+                spread(ratios, ".2f") + "×",
+                spread([end["loss"] for end in ends], ".4f"),
+                spread([100 * end["accuracy"] for end in ends], ".2f"),
+                "" if arm == "full" else differences(to_full),
+                "" if arm == "full" else differences(to_blind),
+                spread([end["frozen"] for end in ends], ".0f"),
+                ", ".join(halves),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(file: Path, history: dict[str, GradES], size: Size) -> None:
-    """Readings against each matrix's own level, and the share that is frozen, by type; the last seed's runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def draw(file: Path, runs: Runs) -> None:
+    """Test loss and accuracy against FLOPs; means over the seeds that all points of an arm have."""
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, len(history), figsize=(5 * len(history), 6), squeeze=False, sharex=True)
-    for column, (arm, grades) in zip(grid.T, history.items(), strict=True):
-        levels = [grades.levels[name] or math.nan for name in grades.matrices]
-        steps = [reading.step for reading in grades.history]
-        for kind in TYPES:
-            own = [i for i, name in enumerate(grades.matrices) if kind in name]
-            readings = [[r.values[i] / levels[i] for i in own if r.values[i] == r.values[i]] for r in grades.history]
-            column[0].plot(steps, [mean(r) if r else math.nan for r in readings], label=kind, lw=1)
-            at = [grades.frozen[grades.matrices[i]] for i in own if grades.matrices[i] in grades.frozen]
-            share = [sum(step <= s for step in at) / len(own) for s in range(size.steps)]
-            column[1].plot(share, lw=1)
-        column[0].axhline(grades.tau, color="#404040", ls=":")
-        column[0].set_title(arm)
-        column[0].set_ylabel("reading / early level")
-        column[1].set_ylabel("share frozen")
-        column[1].set_xlabel("step")
-    grid[0, 0].legend(fontsize=7, ncol=2)
+    pyplot.switch_backend("Agg")
+    figure, grid = pyplot.subplots(2, len(SCENARIOS), figsize=(4.5 * len(SCENARIOS), 7), squeeze=False)
+    for scenario, column in zip(SCENARIOS, grid.T, strict=True):
+        for color, arm in enumerate(ARMS):
+            curves = [curve for (place, _, name), curve in sorted(runs.items()) if (place, name) == (scenario, arm)]
+            for i, key in enumerate(("loss", "accuracy")):
+                for n, curve in enumerate(curves):
+                    x, y = [row["flops"] / 1e12 for row in curve], [row[key] for row in curve]
+                    label = arm if n == 0 else None
+                    column[i].plot(x, y, color=f"C{color}", lw=1, alpha=0.6, label=label)
+                    column[i].plot(x[-1], y[-1], "o", color=f"C{color}", ms=3)
+        column[0].set_title(scenario)
+        column[0].set_ylabel("test loss")
+        column[1].set_ylabel("test accuracy")
+        column[1].set_xlabel("TFLOP")
+    grid[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=120)
+
+
+# --- one matrix at a time ---------------------------------------------------------------------------------------------
+
+
+def alone(weights: dict[str, Tensor], size: Size, scenario: Scenario, seed: int) -> list[dict[str, Any]]:
+    """What freezing each matrix alone at half of a run costs in training loss, and what the readings before said."""
+    own = setup(scenario, weights, size, seed)
+    train, _, _ = texts(scenario)
+    half, every = scenario.steps // 2, 5
+    grades = GradES(
+        own.model, own.optimizer, total_steps=scenario.steps, metric="signal", epsilon=1e-6, alpha=1.0, every=every
+    )
+    data = batches(train, size, seed)
+    named = dict(own.model.named_parameters())
+    norms: dict[str, list[float]] = defaultdict(list)
+    for step, tokens in zip(range(1, half + 2), data, strict=False):
+        if step == half + 1:  # the step that acts on the reading of the one before
+            start = copy.deepcopy((own.model.state_dict(), own.optimizer.state_dict(), own.schedule.state_dict()))
+        own.step(tokens)
+        if step % every == 0:
+            for name in grades.matrices:
+                grad = named[f"{name}.weight"].grad
+                assert grad is not None
+                norms[name].append(float(grad.abs().sum()))
+    later = [tokens, *(tokens for _, tokens in zip(range(scenario.steps - half - 1), data, strict=False))]
+    forecast = grades.progress
+    grades.remove()
+
+    def ended(rests: str | None) -> float:
+        again = setup(scenario, weights, size, seed)
+        model_state, optimizer_state, schedule_state = copy.deepcopy(start)
+        again.model.load_state_dict(model_state)
+        again.optimizer.load_state_dict(optimizer_state)
+        again.schedule.load_state_dict(schedule_state)
+        if rests is not None:
+            dict(again.model.named_parameters())[f"{rests}.weight"].requires_grad_(False)
+        for tokens in later:
+            again.step(tokens)
+        return evaluated(again.model, train, size, 4 * size.held_out)[0]
+
+    base = ended(None)
+    rows = []
+    for name in grades.matrices:
+        drift, error, unrest = forecast[name]
+        known = {"drift": drift, "error": error, "unrest": unrest, "norm": mean(norms[name][-10:])}
+        rows.append({"matrix": name, "seed": seed, "forfeited": ended(name) - base} | known)
+    return rows
+
+
+def draw_alone(file: Path, rows: list[dict[str, Any]]) -> str:
+    """What was forfeited against each reading, and rank correlations as text."""
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")
+    readings = {
+        "norm: sum |g|": [float(row["norm"]) for row in rows],
+        "drift to the end": [float(row["drift"]) for row in rows],
+        "unrest": [float(row["unrest"]) for row in rows],
+    }
+    true = [float(row["forfeited"]) for row in rows]
+    attention = ["self_attn" in row["matrix"] for row in rows]
+    figure, axes = pyplot.subplots(1, len(readings), figsize=(4.5 * len(readings), 4), sharey=True)
+    lines = []
+    for axis, (name, values) in zip(axes, readings.items(), strict=True):
+        axis.scatter(values, true, c=["C0" if a else "C1" for a in attention], s=12)
+        axis.set_xlabel(name)
+        rank = scipy.stats.spearmanr(values, true)
+        lines.append(f"{name}: rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.2g})")
+    axes[0].set_ylabel("training loss forfeited by freezing at half\n(blue: attention, orange: MLP)")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    for kind, is_kind in (("attention", True), ("MLP", False)):
+        own = [t for t, a in zip(true, attention, strict=True) if a == is_kind]
+        lines.append(f"{kind}: forfeits {mean(own):.5f} a matrix on average")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run everything once, tiny, and write nothing")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--metric", choices=("delta", "norm"), default="delta")
-    parser.add_argument("--steps", type=int, default=Size.steps, help=f"of fine-tuning (default: {Size.steps})")
-    parser.add_argument("--tau", type=float, default=1.3, help="share of each matrix's own early level (default: 1.3)")
-    parser.add_argument("--alpha", type=float, default=0.5)
-    parser.add_argument("--enough", type=float, default=0.75, help="share that is to be frozen to stop (default: 0.75)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="some of them; full ones need full")
+    parser.add_argument("--tau", type=float, default=1.3, help="of delta and norm, a share of the level (default: 1.3)")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS, help="some of them")
+    parser.add_argument("--alone", action="store_true", help="freeze each matrix alone at half of a run")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the model is small: threads would mostly wait for each other
-    size = QUICK if given.quick else Size(steps=given.steps)
-    options = {"metric": given.metric, "tau": given.tau, "alpha": given.alpha, "enough": given.enough}
-    if given.quick:
-        options["every"] = 2
+    size = QUICK if given.quick else Size()
+    scenarios = {n: replace(s, steps=40) if given.quick else s for n, s in SCENARIOS.items() if n in given.scenarios}
+    helps = replace(SCENARIOS["every step helps"], steps=40) if given.quick else SCENARIOS["every step helps"]
+    seeds = range(1 if given.quick else given.seeds)
     weights = pretrained(size)
+    if given.quick or given.alone:
+        file, rows = RESULTS / "grades-alone.csv", []
+        if file.exists() and not given.quick:
+            with file.open(encoding="utf-8", newline="") as lines:
+                rows = list(csv.DictReader(lines))
+        for seed in seeds:
+            if str(seed) not in {str(row["seed"]) for row in rows}:
+                found = alone(weights, size, helps, seed)
+                new = [turns.origin(torch.device("cpu")) | row for row in found]
+                rows += new
+                if not given.quick:
+                    turns.append(file, ALONE_COLUMNS, new)
+        if not given.quick:
+            print(draw_alone(RESULTS / "grades-alone.png", rows))
+            return
     package = released_package()
-    comparison = comparison_with(package, weights, size, options) if package is not None else None
-    arms = [arm for arm in ARMS if arm in given.arms and ("released" not in arm or comparison is not None)]
-    outcomes: dict[str, list[Outcome]] = {arm: [] for arm in arms}
-    history: dict[str, GradES] = {}
-    trained("full", weights, replace(size, steps=3), 0, options, None)  # outside the comparison: the first is slower
-    for seed in range(1 if given.quick else given.seeds):
-        for arm in arms:
-            outcome, grades = trained(arm, weights, size, seed, options, comparison)
-            outcomes[arm].append(outcome)
-            if grades is not None:
-                history[arm] = grades
+    arms = [arm for arm in ARMS if arm != "released" or package is not None]
+    file = RESULTS / "grades.csv"
+    runs = defaultdict(list) if given.quick else read(file)
+    todo = [(s, n, arm) for n in seeds for s in scenarios for arm in arms if (s, n, arm) not in runs]
+    taus: dict[str, float] = {}
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("steps", total=sum(scenarios[name].steps for name, *_ in todo))
+        for name, seed, arm in todo:
+            scenario, tau = scenarios[name], given.tau
+            if arm == "released":
+                assert package is not None
+                if name not in taus:
+                    taus[name] = released_tau(package, scenario, weights, size)
+                tau = taus[name]
+            start = bar.tasks[0].completed
+            points, at = trained(arm, scenario, weights, size, seed, tau, package, lambda: bar.advance(task))
+            bar.update(task, completed=start + scenario.steps)  # one that ended early has no more to do
+            origin = turns.origin(torch.device("cpu")) | {"scenario": name, "seed": seed, "arm": arm}
+            rows = [origin | asdict(point) for point in points]
+            rows[-1] |= steps_by_type(at)
             if not given.quick:
-                taus = {"released": comparison and comparison.tau, "GradES": given.tau}
-                tau = next((value for word, value in taus.items() if word in arm), "")
-                row = turns.origin(torch.device("cpu")) | asdict(outcome) | steps_by_type(outcome.frozen_at)
-                row |= {"seed": seed, "arm": arm, "metric": given.metric if "GradES" in arm else "", "tau": tau}
-                turns.append(RESULTS / "grades.csv", COLUMNS, [row | {"frozen": len(outcome.frozen_at)}])
-            print(f"seed {seed}, {arm}: {outcome.seconds:.1f} s, loss {outcome.loss:.4f}", flush=True)
-    print(table(outcomes))
-    if comparison is None:
+                turns.append(file, COLUMNS, rows)
+            runs[name, seed, arm] = [{key: value for key, value in row.items() if value != ""} for row in rows]
+    if not given.quick:
+        runs = read(file)
+    flops = {}
+    for name, scenario in SCENARIOS.items():
+        own = setup(scenario, weights, size, 0)
+        tokens = next(batches(texts(scenario)[1], replace(size, batch=32), 0))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            own.model(input_ids=tokens)
+        flops[name] = float(counter.get_total_flops()) * (size.held_out // 2)
+    print(table(runs, flops))
+    if package is None:
         print("the released package is not compared: pip install grades")
-    if not given.quick and history:
-        draw(RESULTS / "grades.png", history, size)
+    if not given.quick:
+        draw(RESULTS / "grades.png", runs)
 
 
 if __name__ == "__main__":

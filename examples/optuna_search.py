@@ -13,15 +13,19 @@ def objective(trial: optuna.Trial) -> float:
     net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
     optimizer = grgauge.AdamW(net.parameters(), lr=trial.suggest_float("lr", 1e-6, 1.0, log=True))
     gauge = grgauge.Gauge(optimizer, batch_size)
+    losses = []  # since the last reading: a single step's loss is too noisy to tell whether a trial still climbs
     for _ in range(100):
         x = torch.randn(batch_size, 16)
         y = x.sum(1, keepdim=True) + torch.randn(batch_size, 1)
         optimizer.zero_grad()
         loss = gauge.split_backward(lambda b: nn.functional.mse_loss(net(b[0]), b[1]), (x, y))
         optimizer.step()
+        losses.append(float(loss))
         reading = gauge.reading()
-        if reading is not None and report(trial, reading, float(loss)) and trial.should_prune():
-            raise optuna.TrialPruned
+        if reading is not None and report(trial, reading, sum(losses) / len(losses)):
+            losses.clear()
+            if trial.should_prune():
+                raise optuna.TrialPruned
     return float(loss)
 
 

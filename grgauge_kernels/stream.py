@@ -22,8 +22,7 @@ class Stream(tuple[Tensor, ...]):
     Before you pass a stream that you have kept to an op, call `stands`: the op does not look at the tensors
     again.
 
-    Args:
-        tensors: One for each segment, or the one flat buffer.
+    Made from an iterable of tensors: one for each segment, or the one flat buffer.
 
     Raises:
         RuntimeError: For tensors without an address, such as sparse ones.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import grgauge
-from grgauge import TrainingError, Trial, tune
+from grgauge import Result, TrainingError, Trial, tune
+from grgauge.tuning.records import TrialRecord
 
 from .protocol import Curve
 from .table import BATCHES, BOUNDS, CHECKS, Config
@@ -38,12 +39,14 @@ class Looks:
     """What is seen of live training from outside, at the marks of static runs, at no cost to the one who trains.
 
     goals   of raw and of averaged weights the value to be met; when both are, looking raises `Arrived`
+    spent   samples before the weights at hand
     """
 
     family: Family
     goals: dict[bool, float]
     seen: list[tuple[float, float, float, float]] = field(default_factory=list)
     looking: float = 0.0
+    spent: int = 0
 
     def __post_init__(self) -> None:
         self.started, self._step = time.thread_time(), self.family.samples / CHECKS
@@ -56,8 +59,12 @@ class Looks:
         start = time.thread_time()
         self.seen.append((samples, start - self.started - self.looking, raw(), average()))
         self.looking += time.thread_time() - start
-        if all(self._met(column, self.goals[which]) for which, column in ((False, 2), (True, 3))):
+        if self.arrived:
             raise Arrived
+
+    @property
+    def arrived(self) -> bool:
+        return all(self._met(column, self.goals[which]) for which, column in ((False, 2), (True, 3)))
 
     def _met(self, column: int, goal: float) -> bool:
         values = [row[column] for row in self.seen if math.isfinite(row[column])]
@@ -74,11 +81,19 @@ class Looks:
 Optimizers = Callable[[Family, nn.Module], torch.optim.Optimizer]
 
 
-def trained(family: Family, optimizer_of: Optimizers, batch: int, seed: int, goals: dict[bool, float]) -> Looks:
-    """One run of an optimizer that is left alone."""
+def trained(
+    family: Family,
+    optimizer_of: Optimizers,
+    batch: int,
+    seed: int,
+    goals: dict[bool, float],
+    looks: Looks | None = None,
+) -> Looks:
+    """One run of an optimizer that is left alone; with `looks`, after what has been spent there."""
+    looks = looks or Looks(family, goals)
     torch.manual_seed(seed)
     model = family.model()
-    optimizer, looks, samples = optimizer_of(family, model), Looks(family, goals), 0
+    optimizer, samples = optimizer_of(family, model), looks.spent
     average = averaged(model)
     # Schedule-Free holds the weights to be used apart from those that gradients are taken at.
     to_use, to_train = (getattr(optimizer, name, lambda: None) for name in ("eval", "train"))
@@ -133,8 +148,17 @@ def schedule_free(family: Family, model: nn.Module) -> torch.optim.Optimizer:
 def gr_gauge(family: Family, start: Config | None, seed: int, goals: dict[bool, float], paper: bool = False) -> Looks:
     """`grgauge.tune` over the whole plane; no validation is shown to it. `start` None: where it begins by default."""
     looks = Looks(family, goals)
+    with contextlib.suppress(Arrived):
+        tuned(family, start, seed, looks, LIMIT, paper)
+    return looks
+
+
+def tuned(
+    family: Family, start: Config | None, seed: int, looks: Looks, limit: float, paper: bool = False
+) -> Result | None:
+    """`grgauge.tune` with a budget of `limit` static runs; None if it failed, and why is printed."""
     average: list[AveragedModel] = []
-    stretch: list[Any] = [None]
+    stretch: list[TrialRecord | None] = [None]
 
     def look(trial: Trial) -> None:
         if trial.model is None:
@@ -156,18 +180,16 @@ def gr_gauge(family: Family, start: Config | None, seed: int, goals: dict[bool, 
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tune(
+            return tune(
                 train,
                 {"lr": BOUNDS["lr"], "batch_size": BOUNDS["batch"]},
-                budget=round(LIMIT * family.samples),
+                budget=round(limit * family.samples),
                 storage=Path(folder) / "run.db",
                 policy=grgauge.Policy.paper if paper else grgauge.Policy.default,
                 start=None if start is None else grgauge.Config(start.lr, start.batch),
                 seed=seed,
                 on_step=look,
             )
-        except Arrived:
-            pass
-        except TrainingError as error:  # a start that failed has not arrived; say why
+        except TrainingError as error:  # a start that failed has not arrived
             print(f"{family.name}, seed {seed}: {error}")
-    return looks
+            return None

@@ -6,17 +6,21 @@ import contextlib
 import logging
 import math
 import random
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 
 from .protocol import Curve
-from .replay import Bench, Spent
+from .replay import Bench, Run, Spent
 from .table import BOUNDS, CHECKS, SEEDS, Config, Family, grid
 
+FAILED = 1e9
+"""Loss that is reported of a run that failed, to packages that take no infinity."""
 Tuner = Callable[[Bench, int], None]
 """Spends a bench's budget; the second argument is its seed."""
 
@@ -108,9 +112,44 @@ def cfo(bench: Bench, seed: int) -> None:
         run = bench.trial(config["lr"], config["batch"])
         run.train(CHECKS)
         loss = run.validate()
-        result = {"config": config, "loss": loss if math.isfinite(loss) else 1e9, "time_total_s": run.seconds}
+        result = {"config": config, "loss": loss if math.isfinite(loss) else FAILED, "time_total_s": run.seconds}
         search.on_trial_complete(str(number), result=result)
     raise RuntimeError("CFO proposed nothing new a million times")
+
+
+def smac(bench: Bench, seed: int) -> None:
+    """SMAC3's multi-fidelity facade, random forests under Hyperband, with its defaults, from one check up to a whole
+    run. A configuration that is promoted trains on from where it was."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Importing from 'dask")
+        from ConfigSpace import ConfigurationSpace, Float, Integer
+        from smac import MultiFidelityFacade, Scenario
+        from smac.runhistory import StatusType, TrialValue
+
+    space = ConfigurationSpace(seed=seed)
+    (low, high), (least, most) = BOUNDS["lr"], BOUNDS["batch"]
+    space.add(Float("lr", (low, high), log=True), Integer("batch", (int(least), int(most)), log=True))
+    with tempfile.TemporaryDirectory() as folder:
+        scenario = Scenario(
+            space,
+            output_directory=Path(folder),
+            deterministic=True,  # one seed each, as for the others
+            n_trials=10**6,  # the bench ends it
+            min_budget=1,
+            max_budget=CHECKS,
+            seed=seed,
+        )
+        facade = MultiFidelityFacade(scenario, lambda config, seed, budget: math.nan, logging_level=False)
+        begun: dict[Any, Run] = {}
+        while True:
+            trial = facade.ask()
+            if trial.config not in begun:
+                begun[trial.config] = bench.trial(trial.config["lr"], trial.config["batch"])
+            run = begun[trial.config]
+            run.train(trial.budget)
+            loss = run.validate()
+            value = TrialValue(loss) if math.isfinite(loss) else TrialValue(FAILED, status=StatusType.CRASHED)
+            facade.tell(trial, value, save=False)
 
 
 def static(config: Config, seed: int | None = None) -> Tuner:
@@ -145,6 +184,7 @@ REPLAYED: dict[str, Tuner] = {
     "Hyperband (Optuna)": hyperband,
     "TPE + Hyperband (Optuna)": tpe_hyperband,
     "CFO (FLAML)": cfo,
+    "SMAC3 multi-fidelity": smac,
 }
 
 

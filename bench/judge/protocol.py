@@ -18,6 +18,9 @@ TAU = 4.0
 """Performance profiles end here."""
 LEVEL = 0.9
 """Of intervals."""
+FEWEST = 5
+"""Starts that an interval needs: the least and the greatest of n values hold the median between them with probability
+1 - 2^(1-n), which is below `LEVEL` for four."""
 DRAWS = 2000
 Costs = Mapping[str, Sequence[float]]
 """Costs of one tuner: of each family one for each start, misses infinite."""
@@ -147,15 +150,18 @@ def medians(costs: Costs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A geometric mean over families, and its bootstrap interval."""
+    """A geometric mean over families, its bootstrap interval, and the starts of the family that has fewest."""
 
     value: float
     low: float
     high: float
+    starts: int
 
     @property
     def verdict(self) -> str:
         """What the interval carries, and no more."""
+        if self.starts < FEWEST:
+            return "undecided"
         return "cheaper" if self.high < 1.0 else "dearer" if self.low > 1.0 else "undecided"
 
 
@@ -185,7 +191,18 @@ def compared(own: Costs, other: Costs, seed: int = 0, draws: int = DRAWS) -> Rat
     means = np.sort(mean_of(logs))
     tail = (1.0 - LEVEL) / 2.0
     low, high = means[math.floor(tail * draws)], means[math.ceil((1.0 - tail) * draws) - 1]
-    return Ratio(*(float(np.exp(x)) for x in (value, low, high)))
+    starts = min(len(values) for costs in (own, other) for values in costs.values())
+    return Ratio(*(float(np.exp(x)) for x in (value, low, high)), starts)
+
+
+def paired(differences: Sequence[float], seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float]:
+    """The mean of differences between two that share a start, and its bootstrap interval. ValueError for none."""
+    if not len(differences):
+        raise ValueError("differences is empty; one pair at least is needed")
+    values = np.asarray(differences, float)
+    means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
+    tail = (1.0 - LEVEL) / 2.0
+    return float(values.mean()), *(float(q) for q in np.quantile(means, (tail, 1.0 - tail)))
 
 
 def _log(own: float, other: float) -> float:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import table, training
+from .devices import Placed, placed, require
 from .table import FRESH, SEEDS, Config, grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +36,12 @@ SHARDS = ROOT / "build" / "table"
 
 @functools.cache
 def folder(made: Family) -> Path:
-    """Where a family's shards lie: another folder once the code of the family or of the training loop is another."""
-    modules = sys.modules[type(made).__module__], training
+    """Where a family's shards lie: another folder once the code of the family or of the training loop is another, and
+    for another device."""
+    family, device = (made.family, f"-{made.device.type}") if isinstance(made, Placed) else (made, "")
+    modules = sys.modules[type(family).__module__], training
     code = "".join(ast.dump(ast.parse(inspect.getsource(module))) for module in modules)
-    return SHARDS / f"{made.name}-{hashlib.sha256(code.encode()).hexdigest()[:12]}"
+    return SHARDS / f"{family.name}-{hashlib.sha256(code.encode()).hexdigest()[:12]}{device}"
 
 
 def shard(into: Path, config: Config, seed: int) -> Path:
@@ -79,11 +82,11 @@ def runs(made: Family) -> Iterator[tuple[Config, int]]:
     yield from fresh(made)
 
 
-def assembled() -> pd.DataFrame:
-    """The rows of all complete families. Raises RuntimeError if there is none."""
+def assembled(device: torch.device) -> pd.DataFrame:
+    """The rows of all families that are complete on that device. Raises RuntimeError if there is none."""
     parts = []
     for name in NAMES:
-        made = family(name)
+        made = placed(family(name), device)
         rows = rows_of(made)
         if rows is not None and all(shard(folder(made), *run).exists() for run in fresh(made)):
             parts.append(rows.assign(held_out=len(made.held_out)))
@@ -98,9 +101,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--assemble", action="store_true", help="write the table from the shards there are")
+    parser.add_argument("--device", default="cpu", help="to train on, or whose shards to take (default: cpu)")
     options = parser.parse_args()
+    device = require(options.device)
     if options.assemble:
-        rows = assembled()
+        rows = assembled(device)
         part = table.PATH.with_suffix(".part")
         rows.to_parquet(part, index=False, compression="zstd")
         part.replace(table.PATH)
@@ -110,7 +115,7 @@ def main() -> int:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         for name in options.families or NAMES:
-            made = family(name)
+            made = placed(family(name), device)
             bar = progress.add_task(name, total=len(SEEDS) * len(grid()) + len(FRESH))
             for config, seed in runs(made):
                 record(made, config, seed, folder(made))

@@ -62,8 +62,9 @@ class Run:
         self.rows = 0
         self.samples = self.seconds = 0.0
 
-    def train(self, checks: int) -> None:
-        """On to that check, of `CHECKS`, or to where the run fails. The judge looks at every check, at no cost."""
+    def train(self, checks: float) -> None:
+        """On to that check, of `CHECKS`, or to the next where the number is not whole, or to where the run fails. The
+        judge looks at every check, at no cost."""
         goal, curve = self.bench.family.samples * checks / CHECKS, self.curve
         while self.samples < goal and self.rows < len(curve.samples):
             samples, seconds = float(curve.samples[self.rows]), float(curve.seconds[self.rows])

@@ -206,9 +206,11 @@ __device__ __forceinline__ void visit(const Streams<G, P, M>& s, int i, Access a
       uint32_t random[W];
 #pragma unroll
       for (int k = 0; k < W; ++k) random[k] = key.draw(uint32_t(i) + k * Access::apart);
-      access.store(s.param, param, OfParam<W>{random});
+      /* The one order or the other, or ptxas spills a register on sm_100. */
+      if constexpr (!states) access.store(s.param, param, OfParam<W>{random});
       access.store(s.m, exp_avg, OfM<W>{random});
       access.store(s.v, exp_avg_sq, OfV<W>{random});
+      if constexpr (states) access.store(s.param, param, OfParam<W>{random});
     } else {
       access.store(s.param, param);
       access.store(s.m, exp_avg);

@@ -6,8 +6,9 @@ GradES   freezes weight matrices one by one, as their gradients come to rest
 Policy   what to do about readings: Continue, Retune to another Config, or Stop
 tune     trains with your own training function, and finds learning rate and batch size on the way
 Advisor, Autopilot   print what the policy says about a run, or act on it within the run
+Advice   what a gauge's readings mean for learning rate and batch size: Gauge.advice()
+verdict  the same of one reading, in a line
 suggest  learning rate and batch size of the next trial, from the readings of the last one
-verdict  what a reading says about learning rate and batch size
 """
 
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from . import estimators, invariance, smoothing, theory
 from .gauge import Gauge
 from .grades import GradES, MatrixReading
 from .optim import AdamW
-from .policy import Config, Continue, Decision, Evidence, Policy, Retune, Stop, Target, suggest, verdict
+from .policy import Advice, Config, Continue, Decision, Evidence, Policy, Retune, Stop, Target, suggest, verdict
 from .reading import Reading, SegmentReading
 from .tuning import Advisor, Autopilot, Result, TrainingError, Trial, tune
 
@@ -24,6 +25,7 @@ __version__ = version("grgauge-kernels")
 
 __all__ = [
     "AdamW",
+    "Advice",
     "Advisor",
     "Autopilot",
     "Config",

@@ -3,7 +3,7 @@
     gr_t           V / |m|^2, the temporal gauge
     two_batch      (S, G2): unbiased estimates of tr Cov(per-sample gradient) and of |true gradient|^2
     gr_s           (G2 + S) / (B G2 + S), the spatial gauge
-    noise_scale_from_xi   the route by xi_k of the source; at k = n it is S / G2 of `two_batch`
+    noise_scale_from_xi   the noise scale from xi_k, as in the source; at k = n it is S / G2 of `two_batch`
 
 Sources: "GR-Gauge" (Wang and Chen), supplement, App. C and D; McCandlish et al., "An Empirical Model of Large-Batch
 Training", App. A.1. Sizes are in samples, or in tokens where losses are means over tokens: then so is the noise scale.
@@ -31,8 +31,11 @@ def gr_t(grad_sq_mean: float, ema_sq: float) -> float:
         ema_sq: |m|^2, the sum of squares of the bias-corrected EMA of g.
 
     Returns:
-        At least 1, but for rounding; inf when the EMA is exactly 0 and the gradients are not; nan when both are 0 or
+        At least 1, except for rounding. inf if the EMA is exactly 0 and the gradients are not; nan if both are 0 or
         either is not finite.
+
+    Raises:
+        ValueError: For a negative number.
 
     Examples:
         >>> gr_t(grad_sq_mean=40.0, ema_sq=2.0)
@@ -48,7 +51,18 @@ def gr_t(grad_sq_mean: float, ema_sq: float) -> float:
 
 
 class Groups(NamedTuple):
-    """What is measured of one step's groups (ranks or micro-batches): the arguments of `two_batch`, in its order."""
+    """The measurements of one step's groups (ranks or micro-batches): the arguments of `two_batch`, in its order.
+
+    Attributes:
+        group_sq: |G_i|^2 of each group.
+        grad_sq: |g|^2 of the step.
+        group_sizes: b_i, in samples.
+        weights: p_i, on any scale.
+
+    Examples:
+        >>> two_batch(*Groups([3.0, 3.0], 2.0, [8, 8], [0.5, 0.5]))
+        (16.0, 1.0)
+    """
 
     group_sq: list[float]
     grad_sq: float
@@ -125,6 +139,9 @@ def gr_s(s: float, g2: float, batch_size: float) -> float:
         A number in (0, 1]; 1 where G2 is 0 or negative, which means nothing but noise; nan when both are, or when
         either is not finite.
 
+    Raises:
+        ValueError: For an argument out of range.
+
     Examples:
         >>> round(gr_s(s=16.0, g2=1.0, batch_size=16), 3)
         0.531
@@ -145,8 +162,7 @@ def noise_scale_from_xi(xi: Sequence[float], batch_size: float, groups: int, fir
 
     It is the mean of ((k-1) / (1 - xi_k) - k) B / n over k, from `first` to the last one given. Since n/B is one
     constant, the source's linear fit is this mean. With `first` = `groups` = n it is S / G2 of `two_batch`, and that is
-    the one to
-    use: each term is a ratio of noisy numbers that may be negative or huge, above all for small k.
+    the one to use: each term is a ratio of noisy numbers that may be negative or huge, above all for small k.
 
     Args:
         xi: xi[k - 1] is xi_k, so xi[0] is 1 and says nothing.
@@ -156,6 +172,9 @@ def noise_scale_from_xi(xi: Sequence[float], batch_size: float, groups: int, fir
 
     Returns:
         The noise scale in samples; inf where a xi_k is 1 (orthogonal sums), nan where one is not finite.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> noise_scale_from_xi([1.0, 0.75, 0.6, 0.5], batch_size=32, groups=4)

@@ -1,4 +1,4 @@
-"""Trajectory invariance: which of learning rate and weight decay to search, and when two runs are the same run.
+"""Trajectory invariance: which of learning rate and weight decay to search, and when two runs are equivalent.
 
 Under AdamW the curves of loss, gradient norm and gradient noise first depend on the learning rate alone. Later, curves
 of equal gamma = lr * weight_decay overlap. So one of the two numbers can be fixed and the other varied, along the
@@ -52,14 +52,24 @@ SETTLED = 1.0
 """The age, in time scales 1 / gamma, from which gamma counts: 63 % of the initial weights is then forgotten."""
 
 NEGLIGIBLE = 0.05
-"""The age up to which weight decay as such does not count: it has shrunk nothing by more than 5 %."""
+"""The age up to which weight decay does not count: it has shrunk no weight by more than 5 %."""
 
 EQUAL = 0.02
-"""The relative difference up to which two rates are taken for equal: what seeds alone do to a run is more."""
+"""The relative difference up to which two rates count as equal: other seeds change a run more than that."""
 
 
 def gamma(lr: float, weight_decay: float) -> float:
     """lr * weight_decay: the share of every weight that AdamW forgets in one iteration.
+
+    Args:
+        lr: Learning rate, above 0.
+        weight_decay: AdamW's weight decay, at least 0.
+
+    Returns:
+        gamma, per iteration.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> gamma(lr=1e-3, weight_decay=0.1)
@@ -72,6 +82,15 @@ def gamma(lr: float, weight_decay: float) -> float:
 
 def time_scale(gamma: float) -> float:
     """1 / gamma: the iterations after which weights without updates have fallen to 1/e; inf at 0.
+
+    Args:
+        gamma: lr * weight_decay, at least 0.
+
+    Returns:
+        Iterations.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> round(time_scale(gamma(lr=2e-5, weight_decay=0.01)))
@@ -87,6 +106,16 @@ def decay_within(lr: float, steps: float) -> float:
     With it gamma does not yet count alone. In bench/invariance.py the smallest of three gammas, whose runs last 1.8
     time scales, ends with the lowest loss at every learning rate. In bench/space.py starts that forget faster take up
     to four times the samples.
+
+    Args:
+        lr: Learning rate, above 0.
+        steps: Iterations of the run, above 0.
+
+    Returns:
+        The weight decay.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> decay_within(lr=1e-3, steps=5000)
@@ -105,10 +134,14 @@ class Regime:
     """The direction along which curves differ, at one step or over a whole run.
 
     Attributes:
-        salient: "lr": equal learning rates give equal curves; "gamma": equal gammas do; "both": in between, where
-            neither does.
+        salient: "lr": equal learning rates give equal curves; "gamma": equal gammas do; "both": neither does, in
+            between.
         age: gamma * step, in time scales of the weights.
-        reason: Why, in words.
+        reason: Why, as one sentence.
+
+    Examples:
+        >>> regime(step=20_000, gamma=1e-4).age
+        2.0
     """
 
     salient: Literal["lr", "gamma", "both"]
@@ -127,6 +160,12 @@ def regime(step: float, gamma: float, *, early: float = EARLY, settled: float = 
 
     The learning rate is salient up to `early` iterations, and as long as weight decay is negligible (age below 0.05):
     short fine-tuning with lr 2e-5 and wd 0.01 has age 2e-7 * step and never leaves this regime.
+
+    Returns:
+        The regime, with its reason.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> regime(step=2000, gamma=2e-7).salient
@@ -161,8 +200,16 @@ def equivalent(a: Config, b: Config, regime: Regime, tolerance: float = EQUAL) -
         regime: That of the run with the larger gamma.
         tolerance: Relative difference up to which two rates count as equal.
 
+    Returns:
+        True if only one of the two needs to be run.
+
     Raises:
-        ValueError: For a config without weight decay: "as it is" cannot be compared.
+        ValueError: For a config without weight decay: None means that weight decay stays as it is, which cannot be
+            compared.
+
+    Examples:
+        >>> equivalent(Config(1e-3, 64, 0.3), Config(3e-3, 64, 0.1), regime(20_000, gamma=3e-4))
+        True
     """
     require(0.0 <= tolerance < 1.0, "tolerance", tolerance, "in [0, 1)")
     decays = [_decay_of(a, "a"), _decay_of(b, "b")]
@@ -183,7 +230,11 @@ class Curve:
     Attributes:
         group: What is equal in all runs that are expected to overlap: gamma, or the learning rate.
         steps: Ascending.
-        values: Above 0, one a step; NaN where the quantity is unknown.
+        values: Above 0, one for each step; NaN where the quantity is unknown.
+
+    Examples:
+        >>> Curve(group=1e-3, steps=[0, 100], values=[2.3, 1.1]).group
+        0.001
     """
 
     group: float | str
@@ -198,7 +249,11 @@ class Collapse:
     Attributes:
         within: Root mean square of log(y_i / y_j) over pairs of the same group and points: a relative difference.
         between: The same over pairs of different groups.
-        points: Points that it was taken over.
+        points: Points at which curves were compared.
+
+    Examples:
+        >>> Collapse(within=0.25, between=1.0, points=100).error
+        0.25
     """
 
     within: float
@@ -227,9 +282,17 @@ def collapse_error(
         before: The last one.
         points: Steps at which the curves are compared.
 
+    Returns:
+        The differences within and between groups; `Collapse.error` is their ratio.
+
     Raises:
         ValueError: For a value that is not above 0, steps that do not ascend, less than two groups, no group with two
             curves, and curves without a common range.
+
+    Examples:
+        >>> runs = [Curve(group, [0, 100], [2.0, last]) for group, last in ((1, 1.0), (1, 1.0), (2, 0.5), (2, 0.5))]
+        >>> collapse_error(runs).error
+        0.0
     """
     require(points >= 2, "points", points, "at least 2")
     axes, logs = zip(*(_log_curve(run, f"runs[{i}]") for i, run in enumerate(runs)), strict=True) if runs else ((), ())
@@ -267,12 +330,22 @@ Range = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class Space:
-    """What a search may choose from: each a number, if it is fixed, or the ends (low, high) of a range.
+    """What a search may choose from. Each is a number, if it is fixed, or the ends (low, high) of a range.
 
     Attributes:
         lr: Learning rates, above 0.
         weight_decay: Above 0 in a range; a fixed 0 is allowed.
         batch_size: Samples, at least 1.
+
+    Raises:
+        ValueError: For an end out of range.
+
+    Examples:
+        >>> space = Space(lr=(1e-5, 1e-2), weight_decay=(0.001, 0.1))
+        >>> space.regime(steps=50).salient
+        'lr'
+        >>> space.reduced(space.regime(steps=50)).config(1e-3, batch_size=32)
+        Config(lr=0.001, batch_size=32, weight_decay=0.01)
     """
 
     lr: Range
@@ -288,7 +361,7 @@ class Space:
 
     @property
     def ends(self) -> dict[str, tuple[float, float]]:
-        """The least and the largest of each, by name."""
+        """The lowest and the highest value of each, by name."""
         named = {"lr": self.lr, "weight_decay": self.weight_decay, "batch_size": self.batch_size}
         return {name: _ends(value) for name, value in named.items()}
 
@@ -300,14 +373,22 @@ class Space:
 
     @property
     def gamma(self) -> tuple[float, float]:
-        """The least and the largest lr * weight_decay."""
+        """The lowest and the highest lr * weight_decay."""
         (lr_low, lr_high), (low, high) = _ends(self.lr), _ends(self.weight_decay)
         return lr_low * low, lr_high * high
 
     def regime(self, steps: float, *, early: float = EARLY, settled: float = SETTLED) -> Regime:
         """The regime that all runs of this space share after so many iterations.
 
-        Where they do not share one it is "both": a search then has to go through both dimensions.
+        If they do not share one, the answer is "both": a search then has to go through both dimensions.
+
+        Args:
+            steps: Iterations of a run.
+            early: As in `regime`.
+            settled: As in `regime`.
+
+        Returns:
+            The common regime, or "both".
         """
         least, largest = (regime(steps, g, early=early, settled=settled) for g in self.gamma)
         if least.salient == largest.salient:
@@ -315,19 +396,38 @@ class Space:
         return Regime("both", largest.age, f"from {least.reason}; to {largest.reason}")
 
     def reduced(self, regime: Regime) -> Line:
-        """The salient dimension. Raises ValueError for regime "both", which leaves two."""
+        """The space along its salient dimension.
+
+        Args:
+            regime: The regime of all runs.
+
+        Returns:
+            The line to search.
+
+        Raises:
+            ValueError: For regime "both", which leaves two dimensions.
+        """
         require(regime.salient != "both", "regime", regime.salient, "'lr' or 'gamma': with 'both' nothing can be fixed")
         return Line(self, "lr" if regime.salient == "lr" else "gamma")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A `Space` along its salient dimension, in logarithmic measure.
+    """A `Space` along its salient dimension, on a logarithmic scale.
 
     Attributes:
-        lr: The learning rate varies, weight decay is fixed at the geometric middle of its range.
-        gamma: gamma varies from its least to its largest value. Weight decay stays in the middle of its range as long
-            as the learning rate alone can give that gamma; towards the ends it changes too.
+        space: The space.
+        salient: "lr": the learning rate varies, weight decay is fixed at the geometric middle of its range. "gamma":
+            gamma varies from its lowest to its highest value. Weight decay stays in the middle of its range as long as
+            the learning rate alone can give that gamma; towards the ends it changes too.
+
+    Raises:
+        ValueError: For a space with weight decay 0 along gamma.
+
+    Examples:
+        >>> line = Line(Space(lr=(1e-4, 1e-2), weight_decay=0.1), "gamma")
+        >>> [f"{end:.0e}" for end in line.ends]
+        ['1e-05', '1e-03']
     """
 
     space: Space
@@ -340,13 +440,24 @@ class Line:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The least and the largest value of what varies."""
+        """The lowest and the highest value of what varies."""
         return _ends(self.space.lr) if self.salient == "lr" else self.space.gamma
 
     def config(self, value: float, batch_size: int) -> Config:
-        """The configuration where the learning rate, or gamma, has this value."""
+        """The configuration where the learning rate, or gamma, has this value.
+
+        Args:
+            value: The learning rate, or gamma.
+            batch_size: Samples.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: For a value or batch outside the space.
+        """
         low, high = self.ends
-        # Ends are products: the last bit of one may be wrong.
+        # Ends are products, whose last bit may be wrong.
         inside = low * (1 - 1e-12) <= value <= high * (1 + 1e-12)
         require(inside, "value", value, f"a {self.salient} between {low:.4g} and {high:.4g}")
         least, most = _ends(self.space.batch_size)
@@ -359,18 +470,33 @@ class Line:
         return Config(lr, batch_size, value / lr)
 
     def value(self, config: Config) -> float:
-        """Where on the line a configuration lies, itself or one that is equivalent to it."""
+        """Where on the line a configuration lies, itself or one that is equivalent to it.
+
+        Args:
+            config: Any configuration of the space.
+
+        Returns:
+            Its learning rate or gamma.
+        """
         return config.lr if self.salient == "lr" else gamma(config.lr, _decay_of(config, "config"))
 
 
 def unsearched(config: Config, steps: float) -> str:
-    """Says in words whether the weight decay matters that a search along the learning rate left fixed.
+    """Say whether the weight decay that a search along the learning rate has left fixed matters.
 
     Args:
-        steps: Updates that the weights have had; `regime` says why.
+        config: The configuration that the search has found.
+        steps: Updates that the weights have had.
+
+    Returns:
+        One sentence.
 
     Raises:
         ValueError: For a config without weight decay.
+
+    Examples:
+        >>> unsearched(Config(2e-5, 32, 0.01), steps=2000)
+        'weight decay 0.01 does not count in 2000 iterations'
     """
     decay = _decay_of(config, "config")
     salient = regime(steps, gamma(config.lr, decay)).salient
@@ -383,7 +509,7 @@ def unsearched(config: Config, steps: float) -> str:
 
 
 def decay_after(before: Config, lr: float, batch_size: float, rule: Rule = "decay") -> tuple[float, str]:
-    """The weight decay for a run that goes on with another learning rate or batch size, and the reason in words.
+    """The weight decay for a run that goes on with another learning rate or batch size, and the reason.
 
     Args:
         before: The configuration so far.
@@ -392,6 +518,9 @@ def decay_after(before: Config, lr: float, batch_size: float, rule: Rule = "deca
         rule: "decay": weight decay stays, and gamma follows the learning rate, which is torch's own behaviour. "gamma":
             lr * weight_decay stays, so the weights' time scale is the same number of iterations. "gamma per batch":
             gamma follows the batch size, so the time scale is the same number of samples.
+
+    Returns:
+        The weight decay, and the reason.
 
     Raises:
         ValueError: For an unknown rule, and for a config without weight decay.
@@ -437,7 +566,7 @@ def _decay_of(config: Config, name: str) -> float:
     decay = config.weight_decay
     if decay is None:
         raise ValueError(
-            f"{name}.weight_decay must be a number, got None: what is handed on as it is cannot be compared"
+            f"{name}.weight_decay must be a number, got None: a weight decay that stays as it is cannot be compared"
         )
     return decay
 

@@ -18,6 +18,10 @@ class SegmentReading:
         gr_t: GR_T of it alone, None before its first gradient.
         grad_norm: L2 norm of its gradient at the reading.
         nonfinite: non-finite elements in that gradient.
+
+    Examples:
+        >>> SegmentReading("head.weight", numel=640, gr_t=17.5, grad_norm=0.3, nonfinite=0).gr_t
+        17.5
     """
 
     name: str

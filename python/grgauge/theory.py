@@ -54,6 +54,9 @@ def _require_noise_scale(noise_scale: float) -> None:
 def aligned() -> float:
     """GR_T when all gradients agree: 1, the smallest value it can take. Exact, for every beta and every t.
 
+    Returns:
+        GR_T, without unit.
+
     Examples:
         >>> aligned()
         1.0
@@ -63,6 +66,15 @@ def aligned() -> float:
 
 def uncorrelated(beta: float = 0.9) -> float:
     """GR_T of zero-mean gradients without correlation between iterations: (1+b)/(1-b), 19 at 0.9. Exact, t -> inf.
+
+    Args:
+        beta: Smoothing factor of the gauge, inside (0, 1).
+
+    Returns:
+        GR_T, without unit.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> round(uncorrelated(), 6)
@@ -74,6 +86,15 @@ def uncorrelated(beta: float = 0.9) -> float:
 
 def period2(beta: float = 0.9) -> float:
     """GR_T of a gradient that flips its sign at every iteration: ((1+b)/(1-b))^2, 361 at 0.9. Exact, t -> inf.
+
+    Args:
+        beta: Smoothing factor of the gauge, inside (0, 1).
+
+    Returns:
+        GR_T, without unit.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> round(period2(), 6)
@@ -87,6 +108,16 @@ def finite_time_factor(t: float, beta: float = 0.9) -> float:
 
     This is for a cold start and bias-corrected moments. It is 0 at t = 0 and 1/19 at t = 1, where GR_T reads exactly 1.
     Scale a target for GR_T by it before comparing it with a young reading.
+
+    Args:
+        t: Iterations since a cold start, at least 0.
+        beta: Smoothing factor of the gauge, inside (0, 1).
+
+    Returns:
+        A factor in [0, 1].
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> [round(finite_time_factor(t), 2) for t in (10, 20, 50)]
@@ -104,6 +135,16 @@ def autocorrelated(correlation: float, beta: float = 0.9) -> float:
     `correlation` c in [-1, 1] is the mean inner product of successive gradients over their mean square. The curve runs
     through all three landmarks. The source's target of 20 is c = -0.028.
 
+    Args:
+        correlation: c, in [-1, 1].
+        beta: Smoothing factor of the gauge, inside (0, 1).
+
+    Returns:
+        GR_T, without unit.
+
+    Raises:
+        ValueError: For an argument out of range.
+
     Examples:
         >>> [round(autocorrelated(c), 3) for c in (1, 0, -1)]
         [1.0, 19.0, 361.0]
@@ -113,7 +154,18 @@ def autocorrelated(correlation: float, beta: float = 0.9) -> float:
 
 
 def autocorrelation(gr_t: float, beta: float = 0.9) -> float:
-    """The inverse of `autocorrelated`: the correlation of successive gradients that a settled GR_T stands for.
+    """The inverse of `autocorrelated`: the correlation of successive gradients that belongs to a GR_T long after a cold
+    start.
+
+    Args:
+        gr_t: GR_T long after a cold start, between `aligned` and `period2`.
+        beta: Smoothing factor of the gauge, inside (0, 1).
+
+    Returns:
+        The correlation c, in [-1, 1].
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> round(autocorrelation(20.0), 3)
@@ -130,6 +182,17 @@ def steady_signal(signal_to_noise: float, beta: float = 0.9, t: float | None = N
 
     Below s of about 0.003 the gauge is blind to the learning rate. `t` counts iterations since a cold start; None means
     long after it. (Ratio of expectations.)
+
+    Args:
+        signal_to_noise: s = B / mu, at least 0.
+        beta: Smoothing factor of the gauge, inside (0, 1).
+        t: Iterations since a cold start, at least 1; None: long after it.
+
+    Returns:
+        GR_T, without unit.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> [round(steady_signal(s), 1) for s in (1, 0.1, 0.01, 0)]
@@ -169,7 +232,7 @@ def _lemma1_arguments(
     r = 1.0 + noise_ratio
     d_v = ((1.0 - beta) - 2.0 * curvature_lr / r) / beta
     d_m = ((1.0 - beta) - curvature_lr) / beta
-    if 2.0 * curvature_lr <= r:  # a base of exactly 0 may round to a negative one
+    if 2.0 * curvature_lr <= r:  # a base of exactly 0 may have been rounded to a negative one
         d_v = max(d_v, -1.0)
     if curvature_lr <= 1.0:
         d_m = max(d_m, -1.0)
@@ -232,7 +295,7 @@ def _log_slope(d: float, t: float) -> float:
     if q == 0.0:
         return 1.0 if t > 1.0 else 0.0
     sign = -1.0 if q < 0.0 and t % 2.0 == 1.0 else 1.0  # the sign of q^t
-    # t q^(t-1) / (q^t - 1) - 1/d, with the larger of q^t and 1 divided out
+    # t q^(t-1) / (q^t - 1) - 1/d, divided by the larger of q^t and 1
     if log_q > 0.0:
         rest = -math.expm1(-t * log_q) if sign > 0.0 else 1.0 + math.exp(-t * log_q)
         return t / (q * rest) - 1.0 / d
@@ -253,7 +316,7 @@ def _gr_t(beta: float, r: float, t: float, d_v: float, d_m: float) -> float:
 def expected_gr_t(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: float | None = None) -> float:
     """GR_T of SGD on a quadratic, as Lemma 1 has it (Eq. 18; Eq. 1 and 19 at the default t = 1 / (1 - beta)).
 
-    It is evaluated to rounding everywhere, also on and around its removable singularities (2 curvature_lr =
+    It is accurate to rounding everywhere, also on and near its removable singularities (2 curvature_lr =
     (1 - beta)(1 + mu/B) and 1 - curvature_lr = beta).
 
     Its limits:
@@ -299,6 +362,18 @@ def expected_gr_t_first_order(
     the derivative of Eq. 19 there is +16.4, as given here and as the inequality the proof rests on (Eq. 23) has it.
     Eq. 22 carries a factor of the mean eigenvalue that belongs only to the derivative in the learning rate.
 
+    Args:
+        curvature_lr: Mean eigenvalue * learning rate, at least 0.
+        noise_ratio: mu / B, at least 0.
+        beta: Smoothing factor of the gauge, inside (0, 1).
+        t: Iterations since a cold start; None: 1 / (1 - beta).
+
+    Returns:
+        GR_T, without unit.
+
+    Raises:
+        ValueError: As for `expected_gr_t`.
+
     Examples:
         >>> slope = (expected_gr_t_first_order(1e-3, 1.0) - expected_gr_t_first_order(0.0, 1.0)) / 1e-3
         >>> round(slope, 1)
@@ -317,6 +392,18 @@ def gr_t_slope(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: fl
     only: at beta = 0.5, mu/B = 0.1 it is negative from curvature_lr = 0.15 on. Arguments and errors are those of
     `expected_gr_t`.
 
+    Args:
+        curvature_lr: Mean eigenvalue * learning rate, at least 0.
+        noise_ratio: mu / B, at least 0.
+        beta: Smoothing factor of the gauge, inside (0, 1).
+        t: Iterations since a cold start; None: 1 / (1 - beta).
+
+    Returns:
+        The derivative, without unit.
+
+    Raises:
+        ValueError: As for `expected_gr_t`.
+
     Examples:
         >>> gr_t_slope(0.1, 1.0) > 0.0
         True
@@ -330,6 +417,16 @@ def gr_t_slope(curvature_lr: float, noise_ratio: float, beta: float = 0.9, t: fl
 
 def expected_gr_s(batch_size: float, noise_scale: float) -> float:
     """GR_S at a batch of B samples: (1 + mu) / (B + mu), in (0, 1] (Lemma 2; a ratio of expectations).
+
+    Args:
+        batch_size: B, in samples, at least 1.
+        noise_scale: mu, in samples, at least 0.
+
+    Returns:
+        GR_S, in (0, 1].
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> expected_gr_s(batch_size=100, noise_scale=100)
@@ -345,6 +442,16 @@ def gr_s_slope(batch_size: float, noise_scale: float) -> float:
 
     So a GR_S above its target calls for a LARGER batch.
 
+    Args:
+        batch_size: B, in samples, at least 1.
+        noise_scale: mu, in samples, at least 0.
+
+    Returns:
+        The derivative, per sample, below 0.
+
+    Raises:
+        ValueError: For an argument out of range.
+
     Examples:
         >>> gr_s_slope(batch_size=100, noise_scale=100) < 0.0
         True
@@ -356,6 +463,16 @@ def batch_for_gr_s(gr_s: float, noise_scale: float) -> float:
     """The batch, in samples (not rounded), whose expected GR_S is `gr_s`, in (0, 1]: Lemma 2 solved for B.
 
     It is 0.724 mu + 1.72 at the source's target of 0.58.
+
+    Args:
+        gr_s: The GR_S to reach, in (0, 1].
+        noise_scale: mu, in samples, at least 0.
+
+    Returns:
+        B, in samples, not rounded.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> round(batch_for_gr_s(0.58, noise_scale=100), 1)
@@ -371,6 +488,16 @@ def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
 
     `gr_s` lies in [1/B, 1): 1/B means no noise, 1 would mean nothing but noise.
 
+    Args:
+        gr_s: In [1/B, 1): 1/B means no noise; 1 would mean nothing but noise.
+        batch_size: B, in samples, at least 1.
+
+    Returns:
+        mu, in samples.
+
+    Raises:
+        ValueError: For an argument out of range.
+
     Examples:
         >>> round(noise_scale_from_gr_s(0.505, batch_size=100))
         100
@@ -384,6 +511,16 @@ def noise_scale_from_gr_s(gr_s: float, batch_size: float) -> float:
 
 def expected_xi(k: float, a: float) -> float:
     """xi_k of k groups, (1 + a) / (k + a) with a = mu / (samples per group) = n mu / B (Eq. 33). k >= 1, a >= 0.
+
+    Args:
+        k: Groups, at least 1.
+        a: n mu / B, at least 0.
+
+    Returns:
+        xi_k, in (0, 1].
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> expected_xi(k=4, a=2)
@@ -404,6 +541,15 @@ def critical_batch(noise_scale: float) -> float:
     tr Cov. In pre-training of language models, the batch at which returns really diminish is known to lie well above
     it.
 
+    Args:
+        noise_scale: mu, in samples, at least 0.
+
+    Returns:
+        B, in samples.
+
+    Raises:
+        ValueError: For an argument out of range.
+
     Examples:
         >>> critical_batch(noise_scale=100.0)
         100.0
@@ -417,6 +563,15 @@ def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
 
     The source rounds the upper end to 0.65, which is B = 0.54 mu. Where half a critical batch would be less than one
     sample, the range ends at a batch of one sample.
+
+    Args:
+        noise_scale: mu, in samples, at least 0; inf is the limit of large mu.
+
+    Returns:
+        The lower and the upper end, both in (0, 1].
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> low, high = ideal_gr_s_range()
@@ -433,6 +588,16 @@ def ideal_gr_s_range(noise_scale: float = math.inf) -> tuple[float, float]:
 def optimal_curvature_lr(batch_size: float, noise_scale: float) -> float:
     """Mean eigenvalue * learning rate that lowers the loss most in one step: 1 / (1 + mu/B), 1/2 at B = mu (Eq. 37).
 
+    Args:
+        batch_size: B, in samples, at least 1.
+        noise_scale: mu, in samples, at least 0.
+
+    Returns:
+        A pure number in (0, 1].
+
+    Raises:
+        ValueError: For an argument out of range.
+
     Examples:
         >>> optimal_curvature_lr(batch_size=100, noise_scale=100)
         0.5
@@ -443,6 +608,15 @@ def optimal_curvature_lr(batch_size: float, noise_scale: float) -> float:
 
 def ideal_gr_t(beta: float = 0.9) -> float:
     """Lemma 1 at the best learning rate of a batch of mu samples (App. E). The source says "about 20".
+
+    Args:
+        beta: Smoothing factor of the gauge, inside (0, 1).
+
+    Returns:
+        GR_T, without unit.
+
+    Raises:
+        ValueError: For an argument out of range.
 
     Examples:
         >>> round(ideal_gr_t(), 1)

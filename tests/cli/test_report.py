@@ -285,8 +285,17 @@ def test_what_is_missing_is_unknown(pages):
     assert "Cost unknown" in said
     assert said.count("unknown") > 10
     assert "nan" not in said.lower().replace("nan value", "")
-    assert words(pages["one"]).count("No verdict has been stored yet.") == 1
+    assert words(pages["one"]).count("No verdict has been stored yet.") == 2  # the title, and on the page
     assert "no trial has begun" in words(pages["empty"])
+
+
+def test_a_long_last_trial_leaves_the_tuning_its_room(tmp_path):
+    """The axis ends at three times what came before it, and says how far the trial goes on."""
+    last = segment(2, "COMPLETE", parent=1, samples=200_000)
+    long = report.page(report.load(stored(tmp_path / "long.db", [segment(0), segment(1, parent=0), last])))
+    assert long.count("samples (the last trial goes on to 208k)") == 4
+    even = report.page(report.load(stored(tmp_path / "even.db", [segment(0), segment(1, parent=0)])))
+    assert "goes on to" not in even
 
 
 def test_target_of_the_study_is_drawn(tmp_path):
@@ -480,13 +489,14 @@ def test_no_page_overflows_its_window(name, size, pages, tmp_path):
     assert seen["scroll"] <= size[0]
     assert seen["outside"] == []
     assert console == []
-    assert seen["title"].startswith("GR-Gauge report: ")
+    assert seen["title"].endswith(" · GR-Gauge")
     if name != "empty":
         assert seen["pictures"] == 3  # of each the one that was drawn for this width
         assert seen["letters"] > 8.5
         assert seen["collide"] == []
     if name == "typical":
-        assert (seen["table"][0] > seen["table"][1]) == (size == PHONE)
+        assert seen["table"][0] <= seen["table"][1]  # cards on a phone
+        assert seen["title"].startswith("Train with lr 4e-3 and batch 48")
         assert re.match(r"#\d stopped early", seen["tip"])
 
 

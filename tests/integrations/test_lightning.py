@@ -9,9 +9,11 @@ from engines.test_lightning import CLIPS, MICRO, OPTIMIZERS, STEPS, Digits, X, Y
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from grgauge.integrations.lightning import GaugeCallback
+from grgauge.integrations.lightning import GaugeCallback, refuse
 
 pytestmark = [
     pytest.mark.engines,
@@ -106,7 +108,21 @@ def test_acting_multiplies_the_learning_rate_by_the_verdicts_factor():
     assert f"learning rate multiplied by {factor:.2f}" in lines[0]
 
 
-def test_several_processes_are_refused():
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, enable_checkpointing=False)
-    with pytest.raises(RuntimeError, match="strategy is DDPStrategy; GaugeCallback supports SingleDeviceStrategy"):
-        GaugeCallback().on_train_start(trainer, Digits(OPTIMIZERS["SGD"]))
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy, r"strategy is FSDPStrategy on cpu; .*: use ModelParallelStrategy or a loop of your own"),
+        (ModelParallelStrategy, r"strategy is ModelParallelStrategy on cpu; .*: where the module is of DDP or FSDP2"),
+    ],
+)
+def test_what_cannot_be_gauged_is_refused(strategy, message):
+    made = strategy(parallel_devices=[torch.device("cpu")]) if strategy is FSDPStrategy else strategy()
+    made.parallel_devices = [torch.device("cpu")]
+    made.cluster_environment = LightningEnvironment()
+    with pytest.raises(RuntimeError, match=message):
+        refuse(made)
+
+
+def test_another_device_is_refused():
+    with pytest.raises(RuntimeError, match=r"SingleDeviceStrategy on xla; .*: there is no kernel for xla"):
+        refuse(SingleDeviceStrategy(torch.device("xla", 0)))

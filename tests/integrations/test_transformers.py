@@ -8,9 +8,12 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from engines.plain import assert_reads, plain_loop
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from grgauge import AdamW, verdict
 from grgauge.integrations.transformers import GaugeCallback, GradESCallback
@@ -207,8 +210,16 @@ def test_a_scaled_loss_is_refused(callback, tmp_path):
         Scaled(model=llama(), args=arguments, train_dataset=WHOLE, callbacks=[callback]).train()
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "XLA", "MULTI_CPU"])
-def test_more_than_one_device_is_refused(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("FSDP", r"fully_shard \(FSDP2; not FSDP1\)"),
+        ("DEEPSPEED", "DeepSpeed keeps gradients in buffers of its own"),
+        ("XLA", "there is no kernel for TPUs"),
+        ("MULTI_NPU", "start one process for each GPU"),
+    ],
+)
+def test_other_ways_than_ddp_are_refused(kind, why, tmp_path):
     class Distributed(Trainer):
         def _inner_training_loop(self, *args, **kwargs):
             self.accelerator.state.distributed_type = DistributedType(kind)
@@ -219,7 +230,9 @@ def test_more_than_one_device_is_refused(kind, tmp_path):
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
     trainer = Distributed(model=llama(), args=arguments, train_dataset=WHOLE, callbacks=[GaugeCallback()])
-    with pytest.raises(RuntimeError, match=f"distributed type is {kind}, .*support one process on one device only"):
+    with pytest.raises(
+        RuntimeError, match=f"distributed type is {kind}, .*one process on one device, and DDP: .*{why}"
+    ):
         trainer.train()
 
 
@@ -286,6 +299,45 @@ def test_outside_a_trainer():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         GaugeCallback(**options)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_trls_supervised_fine_tuning(tmp_path):
+    """SFTTrainer, from texts, with its own collator and loss: one line as anywhere."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    vocabulary = {chr(i): i for i in range(32, 127)} | {"<pad>": 127, "<eos>": 128, "<unk>": 129}
+    characters = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    texts = [line for line in "\n".join(topics.values()).splitlines() if 20 < len(line) < LENGTH * 2][:800]
+    gauging = GaugeCallback(print=None)
+    arguments = trl.SFTConfig(
+        str(tmp_path),
+        max_length=LENGTH,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=GROUPS,
+        max_steps=STEPS,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=5,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        llama(),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        callbacks=[gauging],
+    )
+    trainer.train()
+    assert [reading.step for reading in gauging.readings] == [5, 10, 15, 20, 25]
+    assert all(0.0 < reading.gr_s <= 1.0 for reading in gauging.readings)
+    logged = {entry["step"]: entry["gr_t"] for entry in trainer.state.log_history if "gr_t" in entry}
+    assert logged == {reading.step: reading.gr_t for reading in gauging.readings}
 
 
 # --- GradES -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from judge.protocol import (
     compared,
     cost,
     medians,
+    paired,
     profile,
     ratio,
     regret,
@@ -131,6 +132,13 @@ def test_equal_tuners_are_undecided():
     assert compared(tuner(0, 1.0), tuner(1, 1.0)).verdict == "undecided"
 
 
+def test_too_few_starts_decide_nothing():
+    own, other = ({"p": [cost] * 4, "q": [cost] * 20} for cost in (1.0, 3.0))
+    assert compared(own, other).high < 1.0
+    assert compared(own, other).verdict == "undecided"
+    assert compared({"p": [1.0] * 5}, {"p": [3.0] * 5}).verdict == "cheaper"
+
+
 def test_missing_is_worse_than_any_cost():
     missing = {family: [math.inf] * 20 for family in ("p", "q", "r")}
     assert compared(missing, tuner(0, 1000.0)).verdict == "dearer"
@@ -154,6 +162,16 @@ def test_the_cheapest_tuner_wins_and_shuffled_labels_give_no_winner():
             for name, values in zip(costs, pooled.reshape(3, -1), strict=True):
                 shuffled[name][family] = values.tolist()
         assert winner(shuffled) is None
+
+
+def test_pairs_that_differ_by_one_sign_have_an_interval_without_zero():
+    mean, low, high = paired([0.1, 0.2, 0.15, 0.12, 0.18])
+    assert mean == pytest.approx(0.15)
+    assert 0.1 <= low < mean < high <= 0.2
+    _, low, high = paired([-0.2, 0.2, -0.1, 0.1])
+    assert low < 0.0 < high
+    with pytest.raises(ValueError, match="one pair at least"):
+        paired([])
 
 
 def test_comparing_needs_the_same_families():

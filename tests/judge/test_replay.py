@@ -2,13 +2,14 @@
 
 import math
 
+import families
 import numpy as np
 import pandas as pd
 import pytest
 from judge.opponents import REPLAYED, calibrated, replayed, start_of, static
 from judge.protocol import cost, targets
 from judge.replay import FORWARD, Bench, Spent
-from judge.table import BATCHES, BOUNDS, CHECKS, FRESH, LRS, SEEDS, Config, Family, grid, nearest
+from judge.table import BATCHES, BOUNDS, CHECKS, FRESH, LRS, SEEDS, Config, Family, grid, load, nearest
 
 SAMPLES = 8000
 HELD_OUT = 300
@@ -65,10 +66,24 @@ def target_of(family):
 
 def test_a_static_run_at_the_best_costs_one_of_itself(family):
     for target in target_of(family):
-        runs = [replayed(static(BEST, seed), family, seed, HELD_OUT) for seed in FRESH]
+        runs = [replayed(static(family.best, seed), family, seed, HELD_OUT) for seed in FRESH]
         costs = [cost(run, target.value, family.higher) for run in runs]
         assert np.median([c.samples for c in costs]) / target.unit.samples == pytest.approx(1.0, abs=0.1)
         assert np.median([c.seconds for c in costs]) / target.unit.seconds == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_static_run_at_the_best_costs_one_of_itself_in_the_recorded_table():
+    for name, recorded in load().items():
+        kind = families.kind(name)
+        table = Family(recorded, kind.samples, kind.higher)
+        fresh = [table.curves[table.best, seed] for seed in FRESH]
+        for target in targets(fresh, kind.metric, kind.higher):
+            runs = [
+                replayed(static(table.best, seed), table, seed, int(recorded["held_out"].iloc[0])) for seed in FRESH
+            ]
+            costs = [cost(run, target.value, kind.higher) for run in runs]
+            assert np.median([c.samples for c in costs]) / target.unit.samples == pytest.approx(1.0, abs=0.1)
+            assert np.median([c.seconds for c in costs]) / target.unit.seconds == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_tuner_that_never_moves_gets_its_static_cost(family):
@@ -79,7 +94,10 @@ def test_a_tuner_that_never_moves_gets_its_static_cost(family):
             assert cost(own, target.value, family.higher) == cost(recorded, target.value, family.higher)
 
 
-@pytest.mark.parametrize("name", REPLAYED)
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "SMAC3" in name else name for name in REPLAYED]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_opponent_finds_the_target_and_spends_no_more_than_it_may(name, family):
     curve = replayed(REPLAYED[name], family, 3, HELD_OUT)
     assert (np.diff(curve.samples) > 0).all()
@@ -89,7 +107,7 @@ def test_an_opponent_finds_the_target_and_spends_no_more_than_it_may(name, famil
     assert cost(curve, 0.8 if family.higher else 0.2, family.higher).reached  # a sixth of the plane does
 
 
-@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_seed_makes_an_opponent_repeatable(name, family):
     one, same, other = (replayed(REPLAYED[name], family, seed, HELD_OUT, limit=6.0) for seed in (3, 3, 4))
     assert np.array_equal(one.values, same.values, equal_nan=True)

@@ -44,17 +44,24 @@ def test_the_same_bits_on_every_run_and_after_a_resume(flat):
 def test_states_go_to_torch_and_back():
     """torch casts what it loads to the parameter's dtype: float32 here, which holds every bfloat16."""
     params, others = parameters(), parameters()
-    ours, theirs = AdamW(params, **BF16), torch.optim.AdamW(others)
+    ours, theirs = AdamW(params, **BF16), torch.optim.AdamW(others, fused=True)
     advance(ours, params, 5)
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     for p, q in zip(params, others, strict=True):
-        assert theirs.state[q]["exp_avg"].dtype == torch.float32
-        assert torch.equal(theirs.state[q]["exp_avg"], ours.state[p]["exp_avg"].float())
-    back = AdamW(params, **BF16)
-    back.load_state_dict(theirs.state_dict())
-    advance(back, params, 1, start=5)
-    assert back.state[params[0]]["exp_avg"].dtype == torch.bfloat16
-    assert float(back.state[params[0]]["step"]) == 6.0
+        q.data.copy_(p.data)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert theirs.state[q][name].dtype == torch.float32
+            assert torch.equal(theirs.state[q][name], ours.state[p][name].float())
+    advance(theirs, others, 1, start=5)
+    advance(ours, params, 1, start=5)
+    assert_close(params, others, tolerance=1e-6)  # an update takes moments as they are before they are rounded
+
+    back = AdamW(others, **BF16)
+    back.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    advance(back, others, 1, start=6)
+    for q in others:
+        assert back.state[q]["exp_avg"].dtype == torch.bfloat16
+        assert float(back.state[q]["step"]) == 7.0
 
 
 def test_small_updates_of_bfloat16_parameters_are_not_lost():

@@ -89,7 +89,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_bits(compiler, rate):
 @pytest.mark.filterwarnings("default")
 @COMPILERS
 def test_forward_and_step_are_one_graph(compiler):
-    """The backward is outside; what comes behind the step sees the new weights, what comes before it the old ones."""
+    """The backward is outside; what comes after the step sees the new weights, what comes before it the old ones."""
 
     def train(compiled):
         torch._dynamo.reset()

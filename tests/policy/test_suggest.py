@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from grgauge import Config, Reading, suggest
-from grgauge.policy import Progress, Pruning
+from grgauge.policy import Progress, Pruning, advise
 
-READING = Reading(50, 32, 20.0, 1.0, 1.0, 0.58, 0.01, 30.0, 1.0, 1.0, 0, True, True)
+READING = Reading(50, 32, 20.0, 4.0, 1.0, 0.58, 0.05, 30.0, 1.0, 1.0, 0, True)
 CONFIG = Config(1e-3, 32, 0.1)
 
 
@@ -18,30 +18,44 @@ def reading(**changes):
     return replace(READING, **changes)
 
 
-def test_in_the_zone_nothing_changes():
+LOW = {"gr_t": 4.0, "gr_t_error": 0.4}
+FAR = {"gr_t": 1.05, "gr_t_error": 0.02}
+
+
+def test_what_gauges_cannot_tell_stays():
+    advice = advise([READING])
+    assert (advice.lr.direction, advice.batch.direction) == ("unknown", "unknown")
     assert suggest([READING], CONFIG) == CONFIG
 
 
-@pytest.mark.parametrize(("gr_t", "factor"), [(1.2, 10.0), (5.0, 4.0 ** (1 / 3)), (160.0, 0.5)])
-def test_the_power_law_and_its_ceiling(gr_t, factor):
-    assert suggest([reading(gr_t=gr_t)], CONFIG).lr == pytest.approx(1e-3 * factor)
+def test_the_step_is_the_advice_within_its_bound():
+    factor = advise([reading(**LOW)]).lr.factor
+    assert 2.0 < factor < 10.0
+    assert suggest([reading(**LOW)], CONFIG) == Config(1e-3 * factor, 32, 0.1)
+    assert suggest([reading(**LOW)], CONFIG, max_lr_factor=2.0).lr == pytest.approx(2e-3)
+    high = reading(gr_t=200.0, gr_t_error=80.0)
+    assert suggest([high], CONFIG, max_lr_factor=3.0).lr == pytest.approx(1e-3 / 3.0)
+
+
+def test_without_an_upper_end_the_whole_bound_is_the_step():
+    assert math.isinf(advise([reading(**FAR)]).lr.interval[1])
+    assert suggest([reading(**FAR)], CONFIG, max_lr_factor=50.0).lr == pytest.approx(0.05)
 
 
 def test_the_batch_takes_the_learning_rate_along():
-    chosen = suggest([reading(gr_s=0.29)], CONFIG)
-    assert (chosen.batch_size, chosen.weight_decay) == (16, 0.1)
-    assert chosen.lr == pytest.approx(1e-3 * math.sqrt(0.5))
+    high = reading(gr_t=27.0, gr_s=0.98)
+    advice = advise([high])
+    assert (advice.lr.direction, advice.batch.direction) == ("unknown", "raise")
+    chosen = suggest([high], CONFIG, max_batch_factor=2.0)
+    assert (chosen.batch_size, chosen.weight_decay) == (64, 0.1)
+    assert chosen.lr == pytest.approx(1e-3 * math.sqrt(2.0))
+    assert suggest([high], CONFIG, max_batch_factor=2.0, coupling=0.0).lr == 1e-3
 
 
-def test_blind_only_the_batch_moves():
-    chosen = suggest([reading(gr_t=1.2, gr_s=0.98)], CONFIG)
-    assert chosen.batch_size == round(32 * 0.98 / 0.58)
-    assert chosen.lr == pytest.approx(1e-3 * math.sqrt(chosen.batch_size / 32))
-
-
-def test_the_reading_nearest_to_step_50_counts():
+def test_the_readings_around_step_50_count_in_any_order():
     others = [reading(step=10, gr_t=1.0), reading(step=200, gr_t=100.0)]
-    assert suggest([others[0], READING, others[1]], CONFIG) == CONFIG
+    one = suggest([others[1], reading(**LOW), others[0]], CONFIG)
+    assert one == suggest([reading(**LOW)], CONFIG)
 
 
 @pytest.mark.parametrize(

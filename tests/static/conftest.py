@@ -1,4 +1,4 @@
-"""Prints what the static tests have read off the compiled kernels, behind their results."""
+"""Prints what the static tests have read off the compiled kernels, after their results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("compiled kernels")
     targets = list(dict.fromkeys(r["target"] for r in records))
-    head = f"{'':44} registers{'':{7 * len(targets) - 9}} spills  atomics  16-byte       bytes stored"
+    head = f"{'':44} registers{'':{max(0, 7 * len(targets) - 9)}} spills  atomics  16-byte       bytes stored"
     terminalreporter.line(head)
     terminalreporter.line(f"{'kernel':44} {''.join(f'{t:>7}' for t in targets)}{'':9}{'':9}loads stores  an element")
     for kernel in sorted({(r["language"], r["kernel"]) for r in records}):

@@ -60,12 +60,9 @@ def test_at_most_64_registers(records):
     assert {kernel: n for kernel, n in above.items() if n > KNOWN.get((kernel, records[kernel]["target"]), 64)} == {}
 
 
-# Known to miss the mark: eight elements a thread, with their random bits.
-KNOWN = {
-    ("adamw bf16/bf16/bf16 loose", "sm_100"): 66,
-    ("adamw bf16/bf16/bf16 flat", "gfx942"): 86,
-    ("adamw bf16/bf16/bf16 loose", "gfx942"): 86,
-}
+# Known to miss the mark: eight elements a thread with their random bits. That leaves room for 5 waves on an AMD SIMD
+# instead of 8. Held to 64 registers they spill 84 bytes a thread, and four elements would halve the accesses' width.
+KNOWN = {("adamw bf16/bf16/bf16 flat", "gfx942"): 86, ("adamw bf16/bf16/bf16 loose", "gfx942"): 86}
 
 
 def test_two_byte_streams_alone_move_16_bytes_at_a_time(records):

@@ -238,6 +238,7 @@ def _demo(options: argparse.Namespace) -> int:
     import torch
 
     from ..policy import Target
+    from ..policy.advice import WINDOW
     from . import demo, progress
 
     # The model is too small for several threads: they would mostly wait for each other, and for long on a busy machine.
@@ -269,7 +270,7 @@ def _demo(options: argparse.Namespace) -> int:
                 "steps": options.steps,
                 "seconds": seconds,
                 "target": asdict(Target()),
-                "window": demo.WINDOW,
+                "window": WINDOW,
                 "runs": [run.to_dict() for run in runs],
                 "picture": None if out is None else str(out.absolute()),
             }

@@ -63,12 +63,12 @@ def train_live(runs: Sequence[Run], text: Text, seed: int) -> None:
 def _table(runs: Iterable[Run]) -> Table:
     from rich.table import Table
 
-    table = Table(caption="A finished run shows what its verdict rests on.", caption_justify="left")
+    table = Table()
     for name in ("lr", "step", "loss", "GR_T", "GR_S", "noise scale"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=24)
     for run in runs:
-        reading = run.summary if run.done else run.readings[-1] if run.readings else None
+        reading = run.summary  # what the verdict beside it rests on
         loss = "–" if math.isnan(run.loss) else f"{run.loss:.2f}"
         verdict = "waiting" if run.step == 0 else run.verdict
         table.add_row(f"{run.lr:.0e}", f"{run.step}", loss, *_figures(reading), verdict, style=_style(reading))
@@ -103,13 +103,15 @@ def tune_live(budget: int) -> Iterator[Callable[[Trial], None]]:
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
     task = bar.add_task("samples", total=budget)
     table: list[Table] = []
+    newest: list[Trial] = []
 
     def on_step(trial: Trial) -> None:
         bar.update(task, completed=min(trial.used, budget))
-        table[:] = [_trials(trial)]
+        newest[:], table[:] = [trial], [_trials(trial)]
 
     with Live(get_renderable=lambda: Group(*table, bar), refresh_per_second=4):
         yield on_step
+        table[:] = map(_trials, newest)  # the last trial ends after its last step
 
 
 def _trials(trial: Trial) -> Table:

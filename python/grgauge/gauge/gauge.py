@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .._torch_compat import loss_scale, scaling_attempt
 from ..optim import AdamW, BucketSums, reciprocal, unwrapped
+from ..policy import Advice, Target
+from ..policy.advice import Watch, advice_of
 from ..reading import Reading
 from .halves import _length as _length  # tuning imports them from here
 from .halves import _part as _part
@@ -105,7 +107,7 @@ class Gauge:
         self._captured: list[BucketSums] = []
         self._removed = False
         self._sample, self._seed = Sample(optimizer, sample, seed), seed
-        self._micro = MicroBatches(self._sample, lambda: not _capturing() and self._due(), self._inv_scale)
+        self._micro = MicroBatches(self._sample, lambda: self._due() and not _capturing(), self._inv_scale)
         self._windows = Windows(
             optimizer,
             Statistics(beta),
@@ -271,12 +273,48 @@ class Gauge:
         """
         return self._windows.reading()
 
+    def advice(self, loss: float | Tensor | None = None, *, target: Target | None = None) -> Advice | None:
+        """What the readings so far mean for learning rate and batch size. Never waits for the device.
+
+        It rests on the readings around step 50 after learning rate or batch last went up, warm-up included, as late
+        ones say less; a schedule that decays changes nothing, and the advice is then on its peak. The distances are
+        measured ones, of recorded trainings: see `grgauge.Advice`.
+
+        Args:
+            loss: the training loss of this step; without it nobody can tell that a run has diverged. It is compared
+                with the first one given, so give it from the start. A tensor on a device is waited for.
+            target: where readings should be, if not at the published target.
+
+        Returns:
+            The advice, None before the first reading.
+
+        Examples:
+            >>> import torch, grgauge
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(10, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+            >>> gauge = grgauge.Gauge(optimizer, batch_size=64)
+            >>> for _ in range(60):
+            ...     optimizer.zero_grad()
+            ...     x = torch.randn(64, 10)
+            ...     loss = gauge.split_backward(lambda x: (model(x) - x.sum(1, keepdim=True)).square().mean(), x)
+            ...     optimizer.step()
+            >>> gauge.advice(loss).lr.direction
+            'raise'
+        """
+        self.reading()
+        watch = self._windows.watch
+        if loss is not None:
+            watch.lost(float(loss))
+        return advice_of(watch, target)
+
     def restart(self) -> None:
         """Start cold, as after a change of learning rate or batch: earlier steps no longer count.
 
         On `grgauge.AdamW` the optimizer's first moment is m; it carries over, and only V starts anew.
         """
         self._windows.statistics.restart()
+        self._windows.watch.restart(self._windows.step)
         self._windows.drop()
         self._source.restart()
         self._micro.drop()
@@ -305,6 +343,7 @@ class Gauge:
             **self._windows.statistics.state_dict(),
             "sample": self._sample.state_dict(),
             "source": self._source.state_dict(),
+            "watch": self._windows.watch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -320,7 +359,9 @@ class Gauge:
             ValueError: the state belongs to another kind of optimizer or to other parameters; the gauge is then as it
                 was.
         """
-        statistics = Statistics.from_state(state, self.beta)
+        statistics, watch = Statistics.from_state(state, self.beta), Watch()
+        if "watch" in state:  # not in states of before there was advice
+            watch.load_state_dict(state["watch"])
         before = [(part, dict(vars(part))) for part in (self._sample, self._source)]
         try:
             if self._shards != state["shards"] and state["source"]["kind"] != "fused":
@@ -340,7 +381,7 @@ class Gauge:
             raise
         self._micro.drop()
         self._windows.drop()
-        self._windows.statistics, self._windows.newest = statistics, None
+        self._windows.statistics, self._windows.watch, self._windows.newest = statistics, watch, None
         self._windows.step, self.batch_size = state["step"], state["batch_size"]
 
     @property

@@ -133,7 +133,7 @@ class OwnSource:
             return
         fits = [len(own) for own in steps] == [len(bucket.params) for bucket in self._sample.buckets()]
         if fits:
-            self._allocate()
+            self._allocate(self._sample.buckets())
         if not fits or [len(ema) for ema in emas] != [bucket.plan.numel for bucket in self._buckets]:
             raise ValueError("the state is of other parameters or of another sample than this gauge's")
         for views, ema in zip(self._packed(), emas, strict=True):
@@ -146,8 +146,7 @@ class OwnSource:
         """The EMAs without the gaps that keep them aligned."""
         return [bucket.plan.packed(ema) for bucket, ema in zip(self._buckets, self._emas, strict=True)]
 
-    def _allocate(self) -> None:
-        buckets = self._sample.buckets()
+    def _allocate(self, buckets: list[SampledBucket]) -> None:
         if buckets and buckets is not self._buckets:
             self._buckets = buckets
             self._emas = [_zeros(b.plan.states, b) for b in buckets]
@@ -165,10 +164,11 @@ class OwnSource:
 
     @torch.no_grad()
     def _read(self) -> None:
-        if not self._sample.buckets():
+        buckets = self._sample.buckets()
+        if not buckets:
             self._on_step([])
             return
-        self._allocate()
+        self._allocate(buckets)
         # What a GradScaler sets on an optimizer that unscales and skips inside its step.
         inv_scale = reciprocal(getattr(self._optimizer, "grad_scale", None))
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)

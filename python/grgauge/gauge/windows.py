@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..optim import BucketSums, is_sharded
+from ..policy.advice import Watch
 from ..reading import Reading
 from .micro_batches import Collected, MicroBatches
 from .segments import Table
@@ -47,6 +48,7 @@ class Window:
     transfer    the steps' ages and sums, then what `micro` and `ranks` need
     read        True if they make a reading
     comparable  True if the norm of the micro-batches' gradient and that of the step's should be the same
+    lr          learning rate of the last step, None if unknown
     """
 
     rows: list[list[BucketSums]]
@@ -59,6 +61,7 @@ class Window:
     comparable: bool
     ranks: Ranks | None
     calls: int
+    lr: float | None
 
 
 class Windows:
@@ -87,6 +90,7 @@ class Windows:
         self.ranks: Ranks | None = None
         self.step = 0
         self.newest: Reading | None = None
+        self.watch = Watch()
         self.drop()
 
     def drop(self) -> None:
@@ -132,7 +136,11 @@ class Windows:
         return window.step < self.step if self.ranks is not None else window.transfer.done()
 
     def _finish(self) -> None:
-        self.newest = self.statistics.fold(self._in_flight.pop(0)) or self.newest
+        window = self._in_flight.pop(0)
+        reading = self.statistics.fold(window)
+        if reading is not None:
+            self.newest = reading
+            self.watch.observe(reading, window.lr)
 
     def _lay_out(self, layout: list[list[Tensor]], settings: Settings) -> None:
         """Remember which parameters the sums belong to. If they are not those of before, start cold."""
@@ -185,8 +193,17 @@ class Windows:
                 comparable=self._comparable(),
                 ranks=ranks,
                 calls=calls,
+                lr=_highest_lr(self._optimizer) if read else None,
             )
         )
+
+
+def _highest_lr(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of all groups; None where one is on a device, which would have to be waited for."""
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs):
+        return None
+    return max(map(float, lrs))
 
 
 def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:

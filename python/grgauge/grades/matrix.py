@@ -61,6 +61,11 @@ class Matrix:
         for p in self.params:
             p.grad = None
 
+    def thaw(self) -> None:
+        """Train on. In this step only some ways of freezing have a gradient, so it is dropped."""
+        self.frozen, self.below = None, 0
+        self.drop_gradients()
+
     def halt(self, detour: bool | None = None) -> None:
         """Stop computing the gradient, from the next forward on."""
         if self._halted:

@@ -18,24 +18,30 @@ from ..reading import Reading
 from ..tuning.learning_rates import highest_lr, scale
 from .raw_gradients import RawGradients
 from .verdicts import Verdicts, values
+from .versions import require_version
 
 try:
     import lightning
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        SingleDeviceStrategy,
+        Strategy,
+    )
     from lightning.pytorch.utilities.data import extract_batch_size
 except ImportError as error:
     raise ImportError(
         "grgauge.integrations.lightning needs lightning: pip install 'grgauge-kernels[lightning]'"
     ) from error
-if tuple(int(part) for part in lightning.__version__.split(".")[:2]) < (2, 4):
-    raise ImportError(f"grgauge.integrations.lightning needs lightning 2.4 or newer, not {lightning.__version__}")
+require_version("lightning", lightning.__version__, (2, 4))
 
 
 class GaugeCallback(Callback):
     """Reads GR_T, GR_S and the noise scale of a fit, into its logs and checkpoints.
 
-    batch_size   global batch in samples; None: the training dataloader's, times accumulation
+    batch_size   global batch in samples; None: the training dataloader's, times accumulation and ranks
     every        steps between readings
     sample, beta, seed   as for `grgauge.Gauge`
     window       steps between two verdicts
@@ -48,12 +54,12 @@ class GaugeCallback(Callback):
     optimizer    which of several the gauge is on
     print        takes a line; None: nothing is printed
 
-    Where Lightning clips, gradients are read before. Micro-batches are the groups of GR_S: without accumulation it is
-    not available; halve the batch and set accumulate_grad_batches=2. Values are logged as gr_t, gr_s and
-    noise_scale, and only what exists. `reading` is the newest, `readings` are all of this fit.
+    Where Lightning clips, gradients are read before. Micro-batches are the groups of GR_S, under DDP the ranks are: on
+    one device without accumulation it is not available; halve the batch and set accumulate_grad_batches=2. Values are
+    logged as gr_t, gr_s and noise_scale, and only what exists. `reading` is the newest, `readings` are all of this fit.
 
     Raises ValueError for a number out of range, and where the batch size cannot be known; RuntimeError when training
-    begins on several devices or processes, or elsewhere than on CPU or CUDA.
+    begins under another strategy than DDP's or one device's, or elsewhere than on CPU or CUDA.
     """
 
     def __init__(
@@ -89,14 +95,17 @@ class GaugeCallback(Callback):
         return self.readings[-1] if self.readings else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _refuse(trainer)
+        refuse(trainer.strategy)
         if self.gauge is not None:
             self.gauge.remove()
         optimizer = unwrapped(trainer.optimizers[self._index])
         self._raw = RawGradients(pl_module, optimizer) if trainer.gradient_clip_val else None
         size = self.batch_size or _batch_size(trainer)
         self.gauge = Gauge(self._raw or optimizer, size, scaler=_scaler(trainer), **self._options)
-        self._in_groups = trainer.accumulate_grad_batches > 1
+        if isinstance(trainer.strategy, DDPStrategy):
+            assert trainer.strategy.model is not None
+            self.gauge.attach(trainer.strategy.model)
+        self._in_groups = trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
         self.readings = []
         self._verdicts.restart(highest_lr(optimizer))
         if self._saved is not None:
@@ -165,18 +174,29 @@ def _batch_size(trainer: Trainer) -> int:
             f"batch_size must be given, as GaugeCallback(batch_size=...): a {type(trainer.train_dataloader).__name__} "
             f"does not tell, its batch_size is {size!r}"
         )
-    return size * trainer.accumulate_grad_batches
+    return size * trainer.accumulate_grad_batches * trainer.world_size
 
 
 def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _refuse(trainer: Trainer) -> None:
+def refuse(strategy: Strategy) -> None:
     """Say in one sentence what cannot be gauged."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy) or strategy.root_device.type not in ("cpu", "cuda"):
-        raise RuntimeError(
-            f"the Trainer's strategy is {type(strategy).__name__}; GaugeCallback supports SingleDeviceStrategy on "
-            "CPU or CUDA only. With ranks use grgauge.Gauge and its attach() in a callback of your own"
+    name, device = type(strategy).__name__, strategy.root_device.type
+    if isinstance(strategy, FSDPStrategy):
+        why = (
+            "use ModelParallelStrategy or a loop of your own with fully_shard (FSDP2), and grgauge.Gauge with attach()"
         )
+    elif isinstance(strategy, DeepSpeedStrategy):
+        why = "DeepSpeed keeps gradients in buffers of its own; use DDPStrategy"
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        why = "where the module is of DDP or FSDP2, use grgauge.Gauge with attach() in a callback of your own"
+    elif device not in ("cpu", "cuda"):
+        why = f"there is no kernel for {device}"
+    else:
+        return
+    raise RuntimeError(
+        f"the Trainer's strategy is {name} on {device}; GaugeCallback supports one device and DDPStrategy, on CPU and "
+        f"CUDA: {why}"
+    )

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Sequence
 from typing import Any
 
-from ..policy import Config, Progress, Pruning, Target, suggest
+from ..policy import Config, Progress, Pruning, Target
 from ..reading import Reading
+from .proposals import Proposals, Tried
+from .versions import require_version
 
 try:
     import optuna
@@ -34,8 +35,7 @@ try:
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError as error:
     raise ImportError("grgauge.integrations.optuna needs optuna: pip install 'grgauge-kernels[tune]'") from error
-if int(optuna.__version__.split(".")[0]) < 4:
-    raise ImportError(f"grgauge.integrations.optuna needs optuna 4 or newer, not {optuna.__version__}")
+require_version("optuna", optuna.__version__, (4,))
 
 READING, PRUNED, PARENT = "grgauge:reading:", "grgauge:pruned", "grgauge:parent"
 
@@ -59,7 +59,7 @@ def progress(trial: FrozenTrial) -> list[Progress]:
     for key in sorted(key for key in trial.user_attrs if key.startswith(READING)):
         fields: dict[str, Any] = json.loads(trial.user_attrs[key])
         loss = fields.pop("loss")
-        found.append(Progress(Reading(**{**fields, "notes": tuple(fields["notes"])}), loss))
+        found.append(Progress(Reading.from_dict(fields), loss))
     return found
 
 
@@ -111,17 +111,11 @@ class GaugeSampler(BaseSampler):
     ) -> None:
         self._independent = independent_sampler or TPESampler(seed=seed)
         self._lr, self._batch_size, self._batch = lr, batch_size, batch
-        self._target = target or Target()
-        self._options: dict[str, Any] = {
-            "target": self._target,
-            "max_lr_factor": max_lr_factor,
-            "max_batch_factor": max_batch_factor,
-        }
-        self._random = random.Random(seed)
+        self._proposals = Proposals(target, max_lr_factor, max_batch_factor, seed)
 
     def reseed_rng(self) -> None:
         """For workers that are forked from one process."""
-        self._random.seed()
+        self._proposals.random.seed()
         self._independent.reseed_rng()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -139,16 +133,9 @@ class GaugeSampler(BaseSampler):
         if self._lr not in search_space:
             return {}
         trials = study.get_trials(deepcopy=False)
-        read = {t.number: t for t in trials if set(search_space) <= set(t.params) and progress(t)}
-        taken = {t.user_attrs.get(PARENT) for t in trials}
-        parent = next((t for t in reversed(read.values()) if t.number not in taken), None)
-        chosen = None if parent is None else suggest(_readings(parent), self._config(parent), **self._options)
-        if parent is None or chosen is None or chosen == self._config(parent):
-            best = self._best(list(read.values()))
-            parent = parent or best
-            config = self._config(best)
-            chosen = Config(config.lr * 3.0 ** self._random.uniform(-1.0, 1.0), config.batch_size)
-        study._storage.set_trial_user_attr(trial._trial_id, PARENT, parent.number)
+        tried = [self._tried(t) for t in trials if set(search_space) <= set(t.params) and progress(t)]
+        parent, chosen = self._proposals.next(tried, {t.user_attrs.get(PARENT) for t in trials})
+        study._storage.set_trial_user_attr(trial._trial_id, PARENT, parent)
         values: dict[str, float] = {self._lr: chosen.lr, self._batch_size: chosen.batch_size}
         return {name: _fitted(values[name], space) for name, space in search_space.items()}
 
@@ -164,25 +151,10 @@ class GaugeSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._independent.after_trial(study, trial, state, values)
 
-    def _config(self, trial: FrozenTrial) -> Config:
-        read = progress(trial)[-1].reading.batch_size
-        return Config(trial.params[self._lr], trial.params.get(self._batch_size, self._batch or round(read)))
-
-    def _best(self, trials: list[FrozenTrial]) -> FrozenTrial:
-        """Lowest newest loss among those in the zone, else of all."""
-        low, high = self._target.gr_t_zone
-
-        def rank(trial: FrozenTrial) -> tuple[bool, float]:
-            newest = progress(trial)[-1]
-            gr_t, settled = newest.reading.gr_t, newest.reading.finite_time_factor
-            outside = gr_t is None or not low / 2.0 <= gr_t / settled <= high * 2.0
-            return outside, newest.loss if math.isfinite(newest.loss) else math.inf
-
-        return min(trials, key=rank)
-
-
-def _readings(trial: FrozenTrial) -> list[Reading]:
-    return [p.reading for p in progress(trial)]
+    def _tried(self, trial: FrozenTrial) -> Tried:
+        course = progress(trial)
+        batch_size = trial.params.get(self._batch_size, self._batch or round(course[-1].reading.batch_size))
+        return Tried(trial.number, Config(trial.params[self._lr], batch_size), course)
 
 
 def _fitted(value: float, space: BaseDistribution) -> Any:

@@ -29,6 +29,7 @@ from ..reading import Reading
 from ..tuning.learning_rates import highest_lr, scale
 from .raw_gradients import RawGradients
 from .verdicts import Verdicts, values
+from .versions import require_version
 
 try:
     import transformers
@@ -37,10 +38,7 @@ except ImportError as error:
     raise ImportError(
         "grgauge.integrations.transformers needs transformers: pip install 'grgauge-kernels[transformers]'"
     ) from error
-if int(transformers.__version__.split(".")[0]) < 5:
-    raise ImportError(
-        f"grgauge.integrations.transformers needs transformers 5 or newer, not {transformers.__version__}"
-    )
+require_version("transformers", transformers.__version__, (5,))
 
 
 class _Watching(TrainerCallback):
@@ -139,13 +137,13 @@ class GaugeCallback(_Watching):
     target       what verdicts are about
     print        takes a line; None: nothing is printed
 
-    Where the Trainer clips, gradients are read before. Micro-batches are the groups of GR_S: without accumulation it is
-    not available; halve the batch and set gradient_accumulation_steps=2. Where the Trainer divides the loss by the
-    tokens of all of them, each weighs as much as it has. Values are logged as gr_t, gr_s and noise_scale, and only what
-    exists. `reading` is the newest, `readings` are all of this run.
+    Where the Trainer clips, gradients are read before. Micro-batches are the groups of GR_S, under DDP the ranks are:
+    in one process without accumulation it is not available; halve the batch and set gradient_accumulation_steps=2.
+    Where the Trainer divides the loss by the tokens of all of them, each weighs as much as it has. Values are logged as
+    gr_t, gr_s and noise_scale, and only what exists. `reading` is the newest, `readings` are all of this run.
 
-    Raises ValueError for a number out of range; RuntimeError when training begins on several devices or processes, or
-    in float16.
+    Raises ValueError for a number out of range; RuntimeError when training begins under anything but DDP on several
+    devices or processes, or in float16.
     """
 
     file = "gauge"
@@ -171,7 +169,7 @@ class GaugeCallback(_Watching):
         self.gauge: Gauge | None = None
         self._options: dict[str, Any] = {"every": every, "sample": sample, "beta": beta, "seed": seed}
         self._every, self._print = every, print
-        self._steps = 0
+        self._steps, self._in_groups = 0, False
         self._counting: RemovableHandle | None = None
         self._logged: Reading | None = None
 
@@ -200,8 +198,12 @@ class GaugeCallback(_Watching):
             self._print(line)
 
     def _open(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        size = self.batch_size or trainer._train_batch_size * trainer.args.gradient_accumulation_steps
+        args = trainer.args
+        size = self.batch_size or trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.gauge = Gauge(optimizer, size, **self._options)
+        if args.world_size > 1:
+            self.gauge.attach(trainer.model_wrapped)
+        self._in_groups = args.gradient_accumulation_steps > 1 or args.world_size > 1
         self.readings, self._logged, self._steps = [], None, 0
         self._verdicts.restart(highest_lr(_optimizer(trainer)))
         self._counting = optimizer.register_step_post_hook(self._count)
@@ -240,21 +242,21 @@ class GaugeCallback(_Watching):
         assert self.gauge is not None
         assert trainer is not None
         # Sizes and weights are asked for on steps that are read only: to know them may wait for the device.
-        if trainer.args.gradient_accumulation_steps > 1 and self._due:
+        if self._in_groups and self._due:
             self.gauge.micro_step(*_share(trainer, inputs, items, self.gauge.batch_size))
 
 
 class GradESCallback(_Watching):
     """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when enough matrices are frozen.
 
-    options   as for `grgauge.GradES`; `total_steps` are the Trainer's. `tau` is required: the reading of a matrix below
-              which it is frozen, by default as a share of its own early level, so that 1 is that level itself
+    options   as for `grgauge.GradES`; `total_steps` are the Trainer's. metric="signal" needs nothing else; the paper's
+              metrics need `tau`
 
     Gradients are read before the Trainer clips them, and frozen matrices no longer count in its norm. The number of
     frozen matrices is logged as grades_frozen. `grades` is the GradES at work.
 
-    Raises what `grgauge.GradES` raises, when training begins; RuntimeError on several devices or processes, or in
-    float16.
+    Raises what `grgauge.GradES` raises, when training begins; RuntimeError under anything but DDP on several devices or
+    processes, or in float16.
     """
 
     file = "grades"
@@ -273,7 +275,9 @@ class GradESCallback(_Watching):
         if self.grades is None:
             return []
         grades, levels = self.grades, self.grades.levels
-        if grades.scale == "level":
+        if grades.tau is None:
+            units = [grades.epsilon] * len(grades.matrices)
+        elif grades.scale == "level":
             units = [grades.tau * (levels[name] or math.nan) for name in grades.matrices]
         elif grades.scale == "matrix":
             sizes = grades.state_dict()["sizes"]
@@ -328,13 +332,22 @@ def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     return trainer.optimizer
 
 
+_INSTEAD = {
+    "FSDP": "use grgauge.Gauge with attach() in a loop of your own, on a module of fully_shard (FSDP2; not FSDP1)",
+    "DEEPSPEED": "DeepSpeed keeps gradients in buffers of its own",
+    "MEGATRON_LM": "Megatron-LM keeps gradients in buffers of its own",
+    "XLA": "there is no kernel for TPUs",
+}
+"""Distributed type -> what to do about it, or why there is nothing to do."""
+
+
 def _refuse(trainer: Trainer) -> None:
     """Say in one sentence what cannot be gauged."""
-    kind, args = trainer.accelerator.distributed_type.value, trainer.args
-    if kind != "NO" or args.world_size > 1 or args.n_gpu > 1:
+    kind, gpus = trainer.accelerator.distributed_type.value, trainer.args.n_gpu
+    if gpus > 1 or kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise RuntimeError(
-            f"the Trainer's distributed type is {kind}, {args.world_size} processes and {args.n_gpu} GPUs in each; "
-            "the callbacks support one process on one device only"
+            f"the Trainer's distributed type is {kind}, with {gpus} GPUs in each process; the callbacks support one "
+            f"process on one device, and DDP: {_INSTEAD.get(kind, 'start one process for each GPU, with torchrun')}"
         )
     if trainer.accelerator.scaler is not None:
         raise RuntimeError("the Trainer scales losses (fp16); the callbacks support fp32 and bf16 only")

@@ -179,14 +179,29 @@ class AdamW(torch.optim.AdamW):
         )
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Call `observer` with the sums of every step from now on; return a function that stops it."""
+        """Call `observer` with the sums of every step from now on.
+
+        Args:
+            observer: Called at the end of each step, with a `BucketSums` for each bucket.
+
+        Returns:
+            A function that stops it.
+        """
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
 
     def observe_unclipped(self, observer: Observer, unclipped: Unclipped) -> Callable[[], None]:
         """The same for gradients before clipping; the pass that reads their norm also keeps their EMAs, in `unclipped`.
 
-        Raises ValueError if EMAs are kept for another observer already.
+        Args:
+            observer: Called as for `observe`.
+            unclipped: The EMAs, updated in every step.
+
+        Returns:
+            A function that stops it.
+
+        Raises:
+            ValueError: EMAs are kept for another observer already.
         """
         if self._unclipped is not None:
             raise ValueError("unclipped is the second one: this optimizer keeps EMAs of its gradients already")
@@ -205,7 +220,14 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; the others are left alone, as in torch.
 
-        Raises RuntimeError for sparse gradients, before anything is changed.
+        Args:
+            closure: Computes the loss and the gradients; called first, if given.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: For sparse gradients, before anything is changed.
         """
         hooked = has_step_hooks(self)
         if torch.compiler.is_compiling():
@@ -348,14 +370,22 @@ class AdamW(torch.optim.AdamW):
         _compiled[self._number] = self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch. With flat=True, gradients that are kept become views of one flat buffer."""
+        """As in torch. With flat=True, gradients that are kept become views of one flat buffer.
+
+        Args:
+            set_to_none: False keeps the gradients, as zeros.
+        """
         super().zero_grad(set_to_none)
         if self._states_as.flat and not set_to_none:
             for bucket in self._buckets:
                 bucket.flatten_grads()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim.AdamW; load hooks run as in torch."""
+        """Load a state_dict of this class or of torch.optim.AdamW; load hooks run as in torch.
+
+        Args:
+            state_dict: The state, which shares its tensors with the optimizer as in torch.
+        """
         loaded: list[Mapping[str, Any]] = []
         # The last hook before torch's own loading, and the first one after it.
         before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))

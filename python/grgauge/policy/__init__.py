@@ -1,22 +1,26 @@
 """What a reading means and what to do about it: plain numbers, no torch, no clock, no I/O.
 
-Target, verdict            where readings should be, and how far from there one is
+Target                     where readings should be
+Advice, advise, verdict    what readings mean for learning rate and batch, from measured distances; verdict is its line
 suggest                    the next configuration for an independent trial
 Pruning, Progress          whether a trial among others is worth going on with
 Policy                     readings and losses in; Continue, Retune to another Config, or Stop out, with the Evidence
 RuleSet                    what a policy of one's own must have
 """
 
+from .advice import Advice, Correction, advise, verdict
 from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
 from .policy import Policy
 from .protocol import RuleSet
 from .pruning import Progress, Pruning
 from .suggest import suggest
-from .target import Target, verdict
+from .target import Target
 
 __all__ = [
+    "Advice",
     "Config",
     "Continue",
+    "Correction",
     "Decision",
     "Evidence",
     "Policy",
@@ -26,6 +30,7 @@ __all__ = [
     "RuleSet",
     "Stop",
     "Target",
+    "advise",
     "suggest",
     "verdict",
 ]

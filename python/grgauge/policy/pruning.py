@@ -15,15 +15,21 @@ from .decisions import Evidence
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a trial is at one reading: the reading, and the training loss since the one before."""
+    """Where a trial is at one reading.
+
+    reading  what was read
+    loss     training loss since the reading before
+    trained  samples that its weights have been trained on; None: all steps had the reading's batch size
+    """
 
     reading: Reading
     loss: float
+    trained: float | None = None
 
     @property
     def samples(self) -> float:
         """That its weights have been trained on."""
-        return self.reading.step * self.reading.batch_size
+        return self.reading.step * self.reading.batch_size if self.trained is None else self.trained
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class Pruning:
     1. diverged    the newest loss is not finite, or after warm-up `patience` losses in a row are above all of
                  the first `patience`, and the loss does not fall
     2. far out     `patience` readings in a row are outside `far`, all on one side, and the loss does not fall
-    3. behind      `patience` readings in a row are outside `zone`, and the loss does not fall and is above the median
-                   of other trials' at equal samples. The loss alone would favour low learning rates: what falls fast at
-                   first wins early
+    3. behind      `patience` readings in a row are outside `zone`, and the loss does not fall and its mean over them is
+                   above the median of other trials' at equal samples. The loss alone would favour low learning rates:
+                   what falls fast at first wins early
 
     Raises ValueError for a number out of range.
     """
@@ -91,9 +97,10 @@ class Pruning:
         low, high = self.zone
         if not (all(value < low for value in known) or all(value > high for value in known)):
             return None
-        rivals = [loss for loss in (_loss_at(other, newest.samples) for other in others) if loss is not None]
-        if rivals and newest.loss > median(rivals):
-            return Evidence("behind", step, "loss", newest.loss, (-math.inf, median(rivals)))
+        own = fmean(p.loss for p in judged)
+        rivals = [loss for loss in (_loss_over(other, judged) for other in others) if loss is not None]
+        if rivals and own > median(rivals):
+            return Evidence("behind", step, "loss", own, (-math.inf, median(rivals)))
         return None
 
     def _falls(self, trial: Sequence[Progress]) -> bool:
@@ -117,6 +124,12 @@ def _fall(losses: Sequence[float]) -> bool:
     older, newer = losses[:half], losses[-half:]
     error = math.sqrt((variance(older) + variance(newer)) / half)
     return fmean(older) - fmean(newer) > 2.0 * error
+
+
+def _loss_over(trial: Sequence[Progress], when: Sequence[Progress]) -> float | None:
+    """A trial's mean loss at the samples of another one's readings; None where it has not been at one of them."""
+    losses = [loss for p in when if (loss := _loss_at(trial, p.samples)) is not None]
+    return fmean(losses) if len(losses) == len(when) else None
 
 
 def _loss_at(trial: Sequence[Progress], samples: float) -> float | None:

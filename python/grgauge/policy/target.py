@@ -48,19 +48,3 @@ class Target:
             return None
         low, high = self.gr_s_zone
         return 1.0 if low <= reading.gr_s <= high else float((reading.gr_s / self.gr_s) ** (1.0 / self.gr_s_power))
-
-
-def verdict(reading: Reading, target: Target | None = None) -> str:
-    """One line, such as "LR 2.1x too low, batch about right"; the factors are those of one policy step."""
-    target = target or Target()
-    lr, batch = target.lr_factor(reading), target.batch_factor(reading)
-    parts = [
-        "GR_T not available" if lr is None else _say("LR", 1.0 / lr, "low", "high"),
-        "GR_S not available" if batch is None else _say("batch", 1.0 / batch, "small", "large"),
-    ]
-    return ", ".join(parts) + ("" if reading.ready else " (not ready yet)")
-
-
-def _say(name: str, excess: float, less: str, more: str) -> str:
-    times = f"{max(excess, 1 / excess):.1f}"
-    return f"{name} about right" if times == "1.0" else f"{name} {times}× too {more if excess > 1.0 else less}"

@@ -8,13 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .. import theory
-
-if TYPE_CHECKING:
-    pass
-
 from . import numerals
 from .study import Study, Trial
 
@@ -126,18 +122,25 @@ class Scale:
 
 
 def _samples_axis(study: Study, width: float) -> Scale:
-    """The axis that the timeline and the curves share, so that they can be read together."""
-    return Scale(0.0, max([1.0, *(trial.end for trial in study.trials)]), _gutter(width), width - 14.0)
+    """The axis that the timeline and the curves share, so that they can be read together.
+
+    Where the last trial costs more than twice what all before it did, the axis ends at three times that, so that the
+    tuning can be seen beside it.
+    """
+    end = max([1.0, *(trial.end for trial in study.trials)])
+    before = max([0.0, *(trial.end for trial in study.trials[:-1])])
+    return Scale(0.0, 3.0 * before if end > 3.0 * before > 0.0 else end, _gutter(width), width - 14.0)
 
 
 def _gutter(width: float) -> float:
     return 62.0 if width > NARROW else 46.0
 
 
-def _samples_ticks(x: Scale, bottom: float) -> str:
+def _samples_ticks(x: Scale, bottom: float, end: float) -> str:
     ticks = x.ticks(8 if x.end > NARROW else 5)
+    beyond = "" if x.high >= end else f" (the last trial goes on to {numerals.abridged(end)})"
     return "".join(_text(x(tick), bottom + 16, numerals.abridged(tick), "tick", "middle") for tick in ticks) + _text(
-        x.end, bottom + 33, "samples", "axis", "end"
+        x.end, bottom + 33, f"samples{beyond}", "axis", "end"
     )
 
 
@@ -291,7 +294,7 @@ def timeline(study: Study, width: float) -> str:
     stride = math.ceil(13.0 / row)
     starred = trials.index(study.best) if study.best else -stride
     for i, trial in enumerate(trials):
-        y, start, end = middle[trial.number], x(trial.start), x(trial.end)
+        y, start, end = middle[trial.number], x(trial.start), x(min(trial.end, x.high))
         elbow, left = "", start
         if trial.parent in middle:
             left = min(start, x(ends[trial.parent]))
@@ -305,7 +308,7 @@ def timeline(study: Study, width: float) -> str:
         note = _beside(trial, left, end, x, y) if row > 13.0 else ""
         parts.append(_with_tooltip(trial, elbow, bar, name, note, class_=study.hues[trial.number]))
     label = f"Timeline of {len(trials)} trials over {numerals.count(max(ends.values()))} samples."
-    return _svg(width, bottom + 40, label, *parts, _samples_ticks(x, bottom))
+    return _svg(width, bottom + 40, label, *parts, _samples_ticks(x, bottom, max(ends.values())))
 
 
 def _beside(trial: Trial, left: float, right: float, x: Scale, y: float) -> str:
@@ -368,8 +371,9 @@ def curves(study: Study, width: float) -> str:
         if all(map(math.isnan, values)):
             parts.append(_text((x.start + x.end) / 2, top + height / 2, "nothing recorded", "note", "middle"))
         for trial in study.trials:
-            curve = _curve(((x(samples), y(value)) for samples, value in points[trial.number]), "curve")
+            line = [(min(samples, x.high), value) for samples, value in points[trial.number]]
+            curve = _curve(((x(samples), y(value)) for samples, value in line), "curve")
             parts.append(_of(trial, curve, class_=study.hues[trial.number]) if curve else "")
         top += height + 8.0
     label = "Training loss, GR_T, GR_S, learning rate and batch size over the samples of the study."
-    return _svg(width, top + 30, label, *parts, _samples_ticks(x, top - 8.0))
+    return _svg(width, top + 30, label, *parts, _samples_ticks(x, top - 8.0, max(trial.end for trial in study.trials)))

@@ -37,6 +37,7 @@ def page(study: Study) -> str:
     return Template(template).substitute(
         digest=digest,
         study=escape(study.name),
+        finding=escape(f"{numerals.clip(study.headline.partition(chr(10))[0], 120)} · GR-Gauge"),
         headline=_rich(study.headline),
         tiles=_tiles(study),
         body=_body(study) if study.trials else EMPTY,
@@ -167,8 +168,7 @@ def _twice(draw: Callable[[Study, float], str], study: Study) -> str:
 
 def _table(study: Study) -> str:
     decays = any(not math.isnan(trial.decay) for trial in study.trials)
-    names = ["#", "outcome", "LR", "batch", *(["decay"] if decays else []), "weights", "samples", "loss"]
-    head = "".join(charts.tag("th", _rich(name), scope="col") for name in [*names, "GR_T", "GR_S", "why it ended"])
+    head = "".join(charts.tag("th", _rich(name), scope="col") for name in ["#", "outcome", *_numbers(decays), WHY])
     return charts.tag(
         "div",
         charts.tag(
@@ -181,6 +181,14 @@ def _table(study: Study) -> str:
         tabindex=0,
         aria_label="Table of trials",
     )
+
+
+WHY = "why it ended"
+
+
+def _numbers(decays: bool) -> list[str]:
+    """The names of a row's numbers; a phone repeats them on each trial's card."""
+    return ["LR", "batch", *(["decay"] if decays else []), "weights", "samples", "loss", "GR_T", "GR_S"]
 
 
 def _row(trial: Trial, study: Study, decays: bool) -> str:
@@ -204,7 +212,10 @@ def _row(trial: Trial, study: Study, decays: bool) -> str:
         "tr",
         charts.tag("th", f"{trial.number}{' ★' if best else ''}", scope="row", class_=study.hues[trial.number]),
         charts.tag("td", charts.tag("span", trial.outcome, class_=f"pill {charts.class_of(trial.outcome)}")),
-        *(charts.tag("td", escape(number), class_="unknown" if number == UNKNOWN else "number") for number in numbers),
+        *(
+            charts.tag("td", escape(number), class_="unknown" if number == UNKNOWN else "number", data_name=name)
+            for name, number in zip(_numbers(decays), numbers, strict=True)
+        ),
         charts.tag("td", reason, evidence, class_="why"),
         class_="best" if best else None,
         data_trial=trial.number,

@@ -1,0 +1,3 @@
+from grgauge.integrations.optuna import GaugePruner, report
+
+__all__ = ["GaugePruner", "report"]

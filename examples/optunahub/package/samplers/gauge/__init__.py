@@ -1,0 +1,3 @@
+from grgauge.integrations.optuna import GaugeSampler, report
+
+__all__ = ["GaugeSampler", "report"]

@@ -1,0 +1,426 @@
+"""What readings mean for learning rate and batch size. Plain numbers, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import median
+from typing import Any, Literal
+
+from ..reading import Reading
+from .calibration import Calibration, Quantiles, calibration, spread
+from .target import Target
+
+Direction = Literal["raise", "lower", "keep", "unknown"]
+
+WINDOW = (40, 60)
+"""Steps at a constant learning rate and batch whose readings count most: GR_T has settled, and does not yet climb."""
+
+SPANS = {"early": (15, 40), "window": (40, 75), "late": (75, 400)}
+"""Steps of readings, (first, last]; each span has a calibration of its own."""
+
+RISE = 1.01
+"""A learning rate that grows by more between two readings is warming up."""
+
+DROP = 1.5
+"""One that falls by more between two readings was changed by hand, or by a schedule of steps."""
+
+FAR = 0.301
+"""log10 of the GR_T below which the distance has no upper end: gradients agree wholly, however low the rate is."""
+
+BLIND = 0.95
+"""GR_S above which noise hides from GR_T what the learning rate does."""
+
+EXPLODED = 1.5
+"""Times the first loss: beyond what noise and a cold optimizer do."""
+
+LEAST = math.log10(1.25)
+"""A smaller correction is not worth making."""
+
+NEAR = math.log10(3.0)
+"""A learning rate or batch that is off by less counts as right."""
+
+WIDEST = 1.0
+"""log10 of the factor either way up to which "keep" is said; beyond, nobody can tell."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What to do with one number.
+
+    Attributes:
+        direction: "raise", "lower", "keep", or "unknown" where the gauges cannot tell.
+        factor: what to multiply by; 1 for "keep" and "unknown".
+        interval: a 90 % interval of the factor that leads to the best value; inf where only "at least" is known.
+        why: in words.
+    """
+
+    direction: Direction
+    factor: float
+    interval: tuple[float, float]
+    why: str
+
+    def describe(self, name: str) -> str:
+        """In words, without the reason, such as "raise LR 4× [2, 12]"."""
+        low, high = self.interval
+        if self.direction == "unknown":
+            return f"{name}: cannot tell"
+        if self.direction == "keep":
+            return f"keep {name} [{_number(low)}, {_number(high)}]"
+        if self.direction == "lower":
+            low, high = (math.inf if end == 0.0 else 1.0 / end for end in (high, low))
+        if math.isinf(high):
+            return f"{self.direction} {name} ≥ {_number(low)}×, look again"
+        times = self.factor if self.direction == "raise" else 1.0 / self.factor
+        return f"{self.direction} {name} {_number(times)}× [{_number(low)}, {_number(high)}]"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the readings of a run mean for its learning rate and batch size. `str` of it is one line.
+
+    Attributes:
+        step: of the newest reading.
+        lr: for the learning rate, the peak of a schedule.
+        batch: for the batch size, at equal samples.
+
+    Examples:
+        >>> from grgauge import Advice, Reading, verdict
+        >>> from grgauge.policy import advise
+        >>> reading = Reading(
+        ...     step=50, batch_size=64, gr_t=1.2, gr_t_error=0.1, finite_time_factor=0.99, gr_s=0.3, gr_s_error=0.02,
+        ...     noise_scale=25.0, noise_scale_error=2.0, grad_norm=0.7, nonfinite=0, ready=True,
+        ... )
+        >>> advice = advise([reading])
+        >>> advice.lr.direction
+        'raise'
+        >>> Advice.from_dict(advice.to_dict()) == advice
+        True
+        >>> str(advice) == verdict(reading)
+        True
+    """
+
+    step: int
+    lr: Correction
+    batch: Correction
+
+    def __str__(self) -> str:
+        return f"{self.lr.describe('LR')} ({self.lr.why}); {self.batch.describe('batch')} ({self.batch.why})"
+
+    @property
+    def short(self) -> str:
+        """The line without the reasons."""
+        return f"{self.lr.describe('LR')}; {self.batch.describe('batch')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; an interval without an upper end has None there."""
+        plain = asdict(self)
+        for name in ("lr", "batch"):
+            low, high = plain[name]["interval"]
+            plain[name]["interval"] = [low, None if math.isinf(high) else high]
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Advice:
+        """The advice that `to_dict` made plain, also after a round trip through JSON.
+
+        Args:
+            values: all fields.
+
+        Raises:
+            ValueError: a field is missing, or unknown.
+        """
+        parts_of = {field.name for field in fields(Correction)}
+        if set(values) != {"step", "lr", "batch"} or any(set(values[name]) != parts_of for name in ("lr", "batch")):
+            raise ValueError(f"values is {dict(values)}; it must be what Advice.to_dict made")
+        parts = {}
+        for name in ("lr", "batch"):
+            low, high = values[name]["interval"]
+            parts[name] = Correction(**{**values[name], "interval": (low, math.inf if high is None else high)})
+        return cls(step=values["step"], **parts)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The readings that advice rests on, as one.
+
+    span   of `SPANS`
+    first, last   their steps
+    log_gr_t, log_gr_t_error   log10 of GR_T, in units of its finite-time factor, and its standard error; None without
+    gr_s, gr_s_error           of the newest that has one
+    lr     that they were read at, None if unknown
+    """
+
+    span: str
+    first: int
+    last: int
+    log_gr_t: float | None
+    log_gr_t_error: float
+    gr_s: float | None
+    gr_s_error: float
+    lr: float | None
+
+    @property
+    def gr_t(self) -> float | None:
+        return None if self.log_gr_t is None else float(10.0**self.log_gr_t)
+
+
+class Watch:
+    """Picks the readings that advice rests on: those around step 50 after learning rate and batch last changed.
+
+    A schedule that decays is no change; the learning rate is then judged by its peak.
+    """
+
+    _plain = ("start", "warming", "peak", "first_loss", "diverged", "_loss", "_lr")
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self, step: int = 0) -> None:
+        """A new run begins, or the gauge starts cold, after that step."""
+        self.newest: Reading | None = None
+        self.start = step
+        self.warming = False
+        self.peak: float | None = None
+        self.first_loss: float | None = None
+        self.diverged: float | None = None
+        self._kept: list[tuple[Reading, float | None]] = []
+        self._loss: float | None = None
+        self._lr: float | None = None
+
+    def observe(self, reading: Reading, lr: float | None = None) -> None:
+        """Take in a reading.
+
+        reading  newer than those before
+        lr       the learning rate that it was read at, None if unknown
+        """
+        before, self.newest = self.newest, replace(reading)  # without the per-segment table
+        risen = lr is not None and self._lr is not None and lr > RISE * self._lr
+        fallen = lr is not None and self._lr is not None and DROP * lr < self._lr
+        resized = before is not None and before.batch_size != reading.batch_size
+        self.warming = risen
+        if risen or fallen or resized:
+            self.start, self._kept, self.peak = reading.step, [], None
+        if lr is not None:
+            self._lr, self.peak = lr, max(lr, self.peak or 0.0)
+        age = reading.step - self.start
+        if SPANS["early"][0] < age <= SPANS["window"][1]:
+            self._kept.append((self.newest, lr))
+
+    def lost(self, loss: float) -> None:
+        """Take in a training loss. Two in a row far above the first one are an explosion, a single one may be noise."""
+        if self.first_loss is None and math.isfinite(loss):
+            self.first_loss = loss
+        first = loss if self.first_loss is None else self.first_loss
+        high = first + (EXPLODED - 1.0) * abs(first)
+        exploded = self._loss is not None and min(self._loss, loss) > high
+        self.diverged = loss if exploded or not math.isfinite(loss) else None
+        self._loss = loss if math.isfinite(loss) else None
+
+    def summary(self) -> Summary | None:
+        """None where there is nothing to rest on yet, or nothing any more."""
+        if self.newest is None:
+            return None
+        aged = [(reading.step - self.start, reading, lr) for reading, lr in self._kept]
+        low, high = WINDOW
+        chosen = [(reading, lr) for age, reading, lr in aged if low <= age <= high]
+        if not chosen and (late := [(reading, lr) for age, reading, lr in aged if age > high]):
+            chosen = late[:1]
+        if not chosen:
+            chosen = [(reading, lr) for _, reading, lr in aged[-3:]]
+        if not chosen:
+            return self.late()
+        middle = median(reading.step for reading, _ in chosen) - self.start
+        span = next(name for name, (_, last) in SPANS.items() if middle <= last)
+        return _summary(span, chosen)
+
+    def late(self) -> Summary | None:
+        """The newest reading by itself, if it is past the window and not too late."""
+        first, last = SPANS["late"]
+        if self.newest is None or not first < self.newest.step - self.start <= last:
+            return None
+        return _summary("late", [(self.newest, self._lr)])
+
+    def state_dict(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self._plain}
+        newest = None if self.newest is None else self.newest.to_dict()
+        return {**plain, "newest": newest, "kept": [(reading.to_dict(), lr) for reading, lr in self._kept]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        plain = {name: state[name] for name in self._plain}
+        newest = None if state["newest"] is None else Reading.from_dict(state["newest"])
+        kept = [(Reading.from_dict(values), lr) for values, lr in state["kept"]]
+        vars(self).update(plain, newest=newest, _kept=kept)
+
+
+def _summary(span: str, chosen: Sequence[tuple[Reading, float | None]]) -> Summary:
+    temporal = [
+        (math.log10(r.gr_t / r.finite_time_factor), (r.gr_t_error or 0.0) / r.gr_t / math.log(10.0))
+        for r, _ in chosen
+        if r.gr_t is not None and r.gr_t > 0.0 and r.finite_time_factor > 0.0
+    ]
+    spatial = [(r.gr_s, r.gr_s_error or 0.0) for r, _ in chosen if r.gr_s is not None]
+    gr_s, gr_s_error = spatial[-1] if spatial else (None, 0.0)
+    lrs = [lr for _, lr in chosen if lr is not None]
+    return Summary(
+        span=span,
+        first=chosen[0][0].step,
+        last=chosen[-1][0].step,
+        log_gr_t=median(value for value, _ in temporal) if temporal else None,
+        log_gr_t_error=median(error for _, error in temporal) if temporal else 0.0,
+        gr_s=gr_s,
+        gr_s_error=gr_s_error,
+        lr=median(lrs) if lrs else None,
+    )
+
+
+def advise(readings: Sequence[Reading], target: Target | None = None) -> Advice:
+    """What readings of one run from its start, oldest first, at a constant learning rate, mean for it and the batch.
+
+    Where learning rates and losses are to be heard, use `Gauge.advice`.
+
+    Raises ValueError for no readings.
+    """
+    if not readings:
+        raise ValueError("readings is empty; it must have at least one reading")
+    watch = Watch()
+    for reading in readings:
+        watch.observe(reading)
+    advice = advice_of(watch, target)
+    assert advice is not None
+    return advice
+
+
+def verdict(reading: Reading, target: Target | None = None) -> str:
+    """What a single reading says about learning rate and batch size: the line of `Advice`.
+
+    A reading at step 40 to 60 says most; `Gauge.advice` rests on all readings there, and knows the schedule.
+    """
+    return str(advise([reading], target))
+
+
+def advice_of(watch: Watch, target: Target | None = None, known: Calibration | None = None) -> Advice | None:
+    """What the readings that a watch has picked mean; None before the first reading."""
+    if watch.newest is None:
+        return None
+    known, target = known or calibration(), target or Target()
+    return Advice(watch.newest.step, _lr(watch, target, known), _batch(watch, target, known))
+
+
+def _lr(watch: Watch, target: Target, known: Calibration) -> Correction:
+    assert watch.newest is not None
+    if watch.diverged is not None:
+        return _correction(
+            known.diverged, f"diverged: the loss is {watch.diverged:.3g}; begin again from fresh weights"
+        )
+    if watch.warming:
+        return _unknown("the learning rate is warming up")
+    summary, late = watch.summary(), watch.late()
+    if summary is None:
+        return _unknown(_nothing(watch))
+    found = _lr_from(watch, summary, target, known)
+    if late is not None and late.last > summary.last:
+        if found.direction == "unknown":
+            found = _lr_from(watch, late, target, known)
+        if found.direction == "keep":
+            past = f"{found.why}; step {watch.newest.step} is past the window"
+            return replace(found, why=past)
+    return found
+
+
+def _lr_from(watch: Watch, summary: Summary, target: Target, known: Calibration) -> Correction:
+    if summary.log_gr_t is None or summary.gr_t is None:
+        return _unknown(_missing(watch, "GR_T"))
+    x = summary.log_gr_t - math.log10(target.gr_t / 20.0)
+    quantiles = spread(known.lr[summary.span], x, summary.log_gr_t_error, _gr_s_ends(summary))
+    share = 1.0 if summary.lr is None or watch.peak is None else summary.lr / watch.peak
+    quantiles = _shifted(quantiles, math.log10(share))
+    found = _correction(quantiles, f"GR_T {_with_error(summary.gr_t, summary.log_gr_t_error)} {_when(summary)}")
+    if summary.span == "late" and found.direction == "keep":
+        return _unknown(f"{found.why}, past the window around step 50")
+    if found.direction == "raise" and x < FAR and found.interval[0] > 1.0:
+        return replace(found, interval=(found.interval[0], math.inf))
+    if found.direction == "unknown" and summary.gr_s is not None and summary.gr_s > BLIND:
+        why = f"{found.why}, and GR_S {summary.gr_s:.2f} says that noise hides the rate: enlarge the batch first"
+        return replace(found, why=why)
+    return found
+
+
+def _batch(watch: Watch, target: Target, known: Calibration) -> Correction:
+    if watch.diverged is not None:
+        return _unknown("diverged")
+    summary = watch.summary()
+    if summary is None:
+        return _unknown(_nothing(watch))
+    if summary.gr_s is None:
+        return _unknown(_missing(watch, "GR_S"))
+    error = summary.gr_s_error
+    between = None if summary.log_gr_t is None else (summary.log_gr_t, summary.log_gr_t)
+    quantiles = spread(known.batch[summary.span], summary.gr_s, error, between)
+    # GR_S = (1 + mu) / (B + mu): another target asks for another multiple of the noise scale
+    ratio = (1.0 / target.gr_s - 1.0) / (1.0 / Target.gr_s - 1.0)
+    within = "" if not error else f" ± {error:.2f}"
+    return _correction(_shifted(quantiles, math.log10(ratio)), f"GR_S {summary.gr_s:.2f}{within} {_when(summary)}")
+
+
+def _correction(quantiles: Quantiles, why: str) -> Correction:
+    """A direction that two of three such runs needed, or "keep" where half of them were near the best and few far."""
+    q05, q25, q35, q50, q65, q75, q95 = quantiles
+    interval = (10.0**q05, 10.0**q95)
+    if q35 > LEAST:
+        return Correction("raise", 10.0**q50, interval, why)
+    if q65 < -LEAST:
+        return Correction("lower", 10.0**q50, interval, why)
+    if min(q25 + NEAR, NEAR - q75, q05 + WIDEST, WIDEST - q95) >= 0.0:
+        return Correction("keep", 1.0, interval, why)
+    low, high = map(_number, interval)
+    return Correction("unknown", 1.0, interval, f"{why}: the best is anywhere from {low}× to {high}× it")
+
+
+def _unknown(why: str) -> Correction:
+    return Correction("unknown", 1.0, (0.0, math.inf), why)
+
+
+def _shifted(quantiles: Quantiles, by: float) -> Quantiles:
+    return tuple(q + by for q in quantiles)
+
+
+def _gr_s_ends(summary: Summary) -> tuple[float, float] | None:
+    if summary.gr_s is None:
+        return None
+    excess = max(summary.gr_s_error - USUAL_GR_S_ERROR, 0.0)
+    return max(summary.gr_s - excess, 0.0), min(summary.gr_s + excess, 1.0)
+
+
+USUAL_GR_S_ERROR = 0.1
+"""Of GR_S, in the runs of the calibration."""
+
+
+def _nothing(watch: Watch) -> str:
+    assert watch.newest is not None
+    age = watch.newest.step - watch.start
+    if age <= WINDOW[0]:
+        return f"too early: {age} steps at this configuration; look at step {watch.start + WINDOW[1]}"
+    return f"past the window: no reading within {SPANS['late'][1]} steps of the start of this configuration"
+
+
+def _missing(watch: Watch, quantity: str) -> str:
+    assert watch.newest is not None
+    return next((note for note in watch.newest.notes if note.startswith(quantity)), f"{quantity} not available")
+
+
+def _when(summary: Summary) -> str:
+    return (
+        f"at step {summary.first}" if summary.first == summary.last else f"at steps {summary.first} to {summary.last}"
+    )
+
+
+def _with_error(value: float, log_error: float) -> str:
+    error = f" ± {value * log_error * math.log(10.0):.2g}" if log_error else ""
+    return f"{value:.3g}{error}"
+
+
+def _number(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:.2g}" if value < 100.0 else f"{value:.0f}"

@@ -1,0 +1,55 @@
+"""timm makes our optimizer by its name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.engines
+
+PROGRAM = """
+import torch
+# torchvision's compiled operators load with the torch they were compiled for only; timm's optimizers need none of them.
+operators = torch.library.Library("torchvision", "DEF")
+try:
+    import torchvision
+except RuntimeError:
+    import sys
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[name]
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}() -> ()")
+
+import timm.optim
+from timm.layers import create_conv2d
+import grgauge
+import grgauge.integrations.timm
+
+layers = create_conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(256, 2)
+model = torch.nn.Sequential(*layers)
+options = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+for injected in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}):
+    optimizer = timm.optim.create_optimizer_v2(model, "grgauge", **options, **injected)
+    assert type(optimizer) is grgauge.AdamW
+    # timm gives biases and norms a group without weight decay.
+    groups = sorted((g["weight_decay"], g["lr"], g["betas"], len(g["params"])) for g in optimizer.param_groups)
+    assert groups == [(0.0, 1e-3, (0.8, 0.9), 3), (0.1, 1e-3, (0.8, 0.9), 2)], groups
+assert "grgauge" in timm.optim.list_optimizers()
+
+gauge = grgauge.Gauge(optimizer, batch_size=8)
+for _ in range(10):
+    optimizer.zero_grad()
+    gauge.split_backward(lambda x: model(x).square().mean(), torch.randn(8, 3, 8, 8))
+    optimizer.step()
+print(gauge.reading())
+"""
+
+
+@pytest.mark.skipif(not (find_spec("timm") and find_spec("torchvision")), reason="timm or torchvision is not installed")
+def test_an_optimizer_by_name_with_injected_arguments_trains_and_is_gauged():
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Reading(step=10, batch_size=8, gr_t=")
