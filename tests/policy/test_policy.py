@@ -384,55 +384,6 @@ def test_a_gr_t_far_too_high_lowers_nothing_while_the_loss_falls():
     assert isinstance(watch(Policy(), checks=60, losses=losses, gr_t=80.0, gr_t_error=4.0), Continue)
 
 
-JUMPS = {"gr_t": 300.0, "gr_t_error": 300.0}
-"""A GR_T that is everywhere says nothing of the learning rate."""
-
-
-def test_where_gr_t_jumps_a_stall_is_met_by_higher_learning_rates():
-    """As long as each lowers the loss."""
-    up, on, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 0.9 if config.lr < 3.5e-3 else 0.5, **JUMPS)
-    assert up.config == replace(CONFIG, lr=2.0 * CONFIG.lr)
-    assert on.config.lr == pytest.approx(4.0 * CONFIG.lr)
-    assert (up.evidence.rule, on.evidence.rule) == ("stall", "stall")
-    assert up.reuse
-
-
-@pytest.mark.parametrize("after", [1.05, 1.0, 0.995])
-def test_a_learning_rate_raised_against_a_stall_goes_back_where_the_loss_is_not_clearly_lower(after):
-    up, back, *rest = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else after, **JUMPS)
-    assert up.config.lr == 2.0 * CONFIG.lr
-    assert back.config.lr == CONFIG.lr
-    assert back.evidence.value > back.evidence.interval[0]
-    assert back.reuse
-    assert not back.rollback, "a loss a little higher is no reason to throw samples away"
-    assert not rest, "and what has not helped is not tried again"
-
-
-def test_a_loss_that_doubles_on_trial_goes_back_to_saved_weights():
-    up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 2.2, **JUMPS)
-    assert back.rollback
-    assert back.config.lr <= CONFIG.lr * 1.001
-    assert back.evidence.step - up.evidence.step <= 40
-
-
-def test_a_trial_ends_where_somebody_else_changes_the_configuration():
-    """A weight decay that follows the learning rate is no such change."""
-    for change, kept in ({"weight_decay": 0.005}, True), ({"lr": 5e-4}, False), ({"batch_size": 128}, False):
-        policy, losses = Policy(), [2.0, 1.5, *(1.0 + 0.001 * (-1) ** i for i in range(80))]
-        policy.observe(None, CONFIG, loss=2.3)
-        watch(policy, checks=12, losses=losses)
-        up = watch(policy, first=65, checks=60, losses=losses[12:], **JUMPS)
-        assert up.evidence.rule == "stall"
-        decision = watch(policy, replace(up.config, **change), checks=3, first=up.evidence.step + 5, losses=losses[2:])
-        assert (decision.reason == "a higher learning rate is on trial") == kept
-
-
-def test_nothing_moves_while_a_learning_rate_is_on_trial():
-    """Not before another tenth of all samples has been seen under it."""
-    up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05, **JUMPS)
-    assert back.evidence.step >= 1.1 * up.evidence.step
-
-
 @cache
 def journeys() -> tuple[tuple[World, Config, Outcome, float], ...]:
     """Random worlds and starts, log-uniform over lr 1e-5..1 and batch 8..512, until the excess loss is e^-3."""

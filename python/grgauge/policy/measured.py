@@ -33,15 +33,6 @@ class SavedWeights:
 
 
 @dataclass
-class RaiseOnTrial:
-    """Learning rate and loss as the learning rate was raised against a stalled loss."""
-
-    lr: float
-    loss: float
-    loss_error: float
-
-
-@dataclass
 class State:
     course: Course = field(default_factory=Course)
     losses: Losses = field(default_factory=Losses)
@@ -58,7 +49,6 @@ class State:
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     begun: list[Config] = field(default_factory=list)  # what untrained weights began at
     saved: SavedWeights | None = None
-    trial: RaiseOnTrial | None = None
 
 
 class Measured:
@@ -104,7 +94,6 @@ class Measured:
         return (
             self._wrecked(block)
             or self._plateau_left()
-            or self._trial()
             or self._spatial(reading)
             or self._temporal(reading, warming)
             or Continue("nothing to change", Evidence("steady", course.step))
@@ -127,15 +116,12 @@ class Measured:
         scale = abs(first)
         known = max(first, saved.loss) if saved else first
         evidence = self._evidence("loss", "loss", block, (known - noise, known + noise))
-        recent = losses.level(RULES.level_blocks, s.course.start)
-        # A learning rate on trial may shake the loss: it is judged when that is over, unless the loss doubles.
-        doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
-        if block > known + RULES.exploded * scale or doubled:
+        if block > known + RULES.exploded * scale:
             return self._fail("the loss exploded", replace(evidence, rule="explosion"))
         if block > first + RULES.hurt * scale:
             s.hurt = True
         blocks = RULES.recent_blocks
-        if saved and saved.raised and s.trial is None and blocks * self._settings.every <= age <= RULES.worse_steps:
+        if saved and saved.raised and blocks * self._settings.every <= age <= RULES.worse_steps:
             now, error = losses.level(blocks, s.course.start), math.hypot(losses.error(blocks), saved.loss_error)
             margin = RULES.judged_errors * error + RULES.worse * abs(saved.loss)
             if now is not None and now > saved.loss + margin:
@@ -192,17 +178,14 @@ class Measured:
         return min(RULES.plateau_raise, self._settings.max_lr_factor)
 
     def _stall(self, gr_t: float, least: float, jumps: bool, evidence: Evidence) -> Decision | None:
-        """A loss that has not fallen for a while under this configuration.
-
-        Down where GR_T is `least` or more, and that is clearly too high; where it jumps and cannot tell, up on trial.
-        """
+        """Down where the loss has not fallen for a while and GR_T, `least` or more, is clearly too high."""
         s, old, losses, limits = self._state, self._state.course.now, self._state.losses, self._settings
         since = (1.0 - RULES.stall_share) * s.course.samples
         blocks = losses.blocks(since) // 2 * 2
         level, fall = losses.level(blocks, since), losses.fall(blocks, since)
         if since < s.course.start or blocks < RULES.stall_blocks or level is None or fall is None:
             return None
-        error, higher = losses.error(blocks // 2), self._below(RULES.stall_raise * old.lr, old.batch_size)
+        error = losses.error(blocks // 2)
         if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
             return None
         if least > RULES.overshot * limits.target.gr_t_zone[1] and not jumps:
@@ -211,31 +194,7 @@ class Measured:
             )
             reason = "the learning rate is too high, and the loss has stalled"
             return self._move(factor * old.lr, old.batch_size, reason, evidence)
-        if not jumps or higher < RULES.least_raise * old.lr:
-            return None
-        evidence = self._evidence("stall", "loss", level)
-        decision = self._move(higher, old.batch_size, "the loss has stalled, and GR_T cannot tell why", evidence)
-        s.trial = RaiseOnTrial(old.lr, level, losses.error(blocks)) if isinstance(decision, Retune) else None
-        return decision
-
-    def _trial(self) -> Decision | None:
-        """A learning rate raised against a stall stays if the loss is clearly lower for it."""
-        s, course, losses, trial = self._state, self._state.course, self._state.losses, self._state.trial
-        if trial is None:
-            return None
-        blocks = losses.blocks(course.start) // 2  # the newer half: at first the change itself shows
-        now, error = losses.level(blocks, course.start), math.hypot(losses.error(max(blocks, 1)), trial.loss_error)
-        if now is None or blocks < RULES.trial_blocks or course.samples < (1.0 + RULES.trial_share) * course.start:
-            return Continue("a higher learning rate is on trial", Evidence("stall", course.step))
-        s.trial = None
-        if s.saved:
-            s.saved.raised = False
-        least = trial.loss - max(RULES.trial_errors * error, RULES.trial_better * abs(trial.loss))
-        if now < least:
-            return None
-        self._cap(trial.lr)
-        evidence = self._evidence("stall", "loss", now, (least, math.inf))
-        return self._move(trial.lr, course.now.batch_size, "a higher learning rate has not lowered the loss", evidence)
+        return None
 
     # --- what the gauges say ------------------------------------------------------------------------------------------
 
@@ -330,12 +289,10 @@ class Measured:
     # --- moves --------------------------------------------------------------------------------------------------------
 
     def _follow(self, config: Config) -> None:
-        s, before = self._state, self._state.course.config
+        s = self._state
         if s.course.follow(config):
             s.recent = []
             s.begun = s.begun or [config]
-            if before is not None and (before.lr, before.batch_size) != (config.lr, config.batch_size):
-                s.trial = None  # what was on trial is not what runs
 
     def _move(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:
         """To another configuration with the weights at hand, which are saved first."""
@@ -405,7 +362,7 @@ class Measured:
         to = self._settings.fit(course.now, lr, batch)
         decision = course.move(to, self._settings.max_moves, reason, evidence, reuse=reuse, rollback=rollback)
         if isinstance(decision, Retune):
-            s.broken, s.trial, s.recent = 0, None, []
+            s.broken, s.recent = 0, []
         return decision
 
     def _cap(self, lr: float) -> None:

@@ -41,7 +41,6 @@ class Rules:
     jump: float = 9.0  # ... half of whose square is beyond so many variances: three standard deviations
     fading: float = 0.97  # weight of the noise's history at each loss: about the 30 newest count
     recent_blocks: int = 2  # blocks of losses for the level before and after a raise: a change shows at once
-    level_blocks: int = 4  # blocks for a level that nothing depends on at once
     learned_blocks: int = 5  # blocks for what is learned
     learned: float = 0.02  # share of the untrained loss, by which it must have fallen, ...
     learned_errors: float = 2.0  # ... and standard errors
@@ -85,11 +84,6 @@ class Rules:
     stall_blocks: int = 20  # of losses, at least
     stall_error: float = 0.03  # relative error of the loss, up to which it can be told
     stall_errors: float = 1.4  # of one half of it: one standard error of the fall between the halves
-    stall_raise: float = 2.0  # on trial
-    trial_share: float = 0.1  # of all samples before the trial is judged, ...
-    trial_blocks: int = 4  # ... and of losses, at least
-    trial_errors: float = 1.0  # standard errors by which the loss must be lower than before, ...
-    trial_better: float = 0.01  # ... and share of it: on data that do not need it twice the learning rate costs 5-10 %
 
 
 RULES = Rules()
