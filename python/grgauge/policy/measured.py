@@ -52,8 +52,11 @@ class State:
 
 
 class Measured:
-    """GR_T raises the learning rate where it is clearly low, GR_S cuts the batch where it is clearly too large, and the
-    loss tells what was damaged; see `Policy`."""
+    """The rule set of `Policy.default()`.
+
+    GR_T raises the learning rate where it is clearly low, GR_S cuts the batch where it is clearly too large, and the
+    loss shows what was damaged.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._state = settings, State()
@@ -204,10 +207,8 @@ class Measured:
         gr_s, error, mu = reading.gr_s, _finite(reading.gr_s_error), reading.noise_scale
         if gr_s is None or not 0.0 < gr_s < math.inf:
             return None
-        low, interval = (
-            target.gr_s_zone[0],
-            None if error is None else (gr_s - limits.z * error, gr_s + limits.z * error),
-        )
+        low = target.gr_s_zone[0]
+        interval = None if error is None else (gr_s - limits.z * error, gr_s + limits.z * error)
         if interval is None:
             if s.found or gr_s > RULES.far_above * low:
                 return None
@@ -234,12 +235,8 @@ class Measured:
 
     def _temporal(self, reading: Reading, warming: bool) -> Decision | None:
         """The learning rate: up step by step while GR_T is low, down where it is high."""
-        s, course, limits, (low, high) = (
-            self._state,
-            self._state.course,
-            self._settings,
-            self._settings.target.gr_t_zone,
-        )
+        s, course, limits = self._state, self._state.course, self._settings
+        low, high = limits.target.gr_t_zone
         if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.finite_time_factor > 0.0):
             return None
         if warming:
