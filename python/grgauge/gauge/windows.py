@@ -199,9 +199,9 @@ class Windows:
 
 
 def _highest_lr(optimizer: torch.optim.Optimizer) -> float | None:
-    """Of all groups; None where one is on a device, which would have to be waited for."""
-    lrs = [group["lr"] for group in optimizer.param_groups]
-    if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs):
+    """Of all groups; None where none has one, or where one is on a device, which would have to be waited for."""
+    lrs = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if not lrs or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs):
         return None
     return max(map(float, lrs))
 
