@@ -151,8 +151,7 @@ def test_b_a_raise_that_makes_the_loss_worse_is_taken_back():
 
 
 def test_c_early_and_noisy_readings_settle_nothing():
-    """An interval wide open, or a GR_T half way up at 10 steps, moves nothing; nor does the zone end the watch: a stall
-    is still seen."""
+    """An interval wide open, or a GR_T half way up at 10 steps, moves nothing; nor does the zone end the watch."""
     young = theory.finite_time_factor(10)
     assert isinstance(watch(Policy(), checks=2, gr_t=14.0 * young, finite_time_factor=young), Continue)
     assert isinstance(watch(Policy(), checks=5, gr_t=14.0, gr_t_error=12.0), Continue)
@@ -163,33 +162,20 @@ def test_c_early_and_noisy_readings_settle_nothing():
     assert late.config.lr < CONFIG.lr
 
 
-def test_d_a_noise_scale_far_above_the_batch_makes_no_large_batch_of_it():
-    """An estimate lost in noise is not solved for: a batch at which GR_T is blind grows to 24 and no further."""
-    losses = [2.3 - 0.05 * i for i in range(20)]
-    blind = {"gr_s": 0.97, "gr_s_error": 0.05, "noise_scale": 2e6, "noise_scale_error": 3e6, "losses": losses}
-    assert isinstance(watch(Policy(), **blind), Continue)
-    assert watch(Policy(), Config(1e-3, 8), **blind).config == Config(1e-3, 24)
+def test_d_a_noise_scale_far_above_the_batch_is_approached_in_bounded_steps():
+    widest = []
     for seed in range(10):
         run = outcome(World(mu=1000.0), lr=1e-4, batch=16, seed=seed, samples=1e6, progress=3.0)
         sizes = [16] + [move.config.batch_size for move in run.moves]
         assert all(b <= 4 * a for a, b in pairwise(sizes))
-        assert max(sizes) <= 24
         assert run.reached
+        widest.append(max(sizes))
+    assert sorted(widest)[5] >= 64
 
 
-@pytest.mark.parametrize(("first", "least"), [(5, 24), (155, 12)])
-def test_a_young_batch_is_not_cut_below_24(first, least):
-    """The noise scale is small while the learning rate is far too low; after 150 steps it is taken at its word."""
-    decision = watch(Policy(), first=first, gr_s=0.1, gr_s_error=0.01, noise_scale=14.0, noise_scale_error=1.0)
-    assert decision.config.batch_size == least
-
-
-@pytest.mark.parametrize(("loss", "exploded"), [(5.5, False), (6.5, True)])
-def test_a_loss_more_than_one_and_a_half_times_the_first_above_it_has_exploded(loss, exploded):
-    policy = Policy()
-    policy.observe(None, CONFIG, loss=2.3)
-    decision = watch(policy, checks=3, losses=[2.3, 2.3, loss])
-    assert (decision.evidence.rule == "explosion") == exploded
+def test_d_an_estimate_of_the_noise_scale_that_is_lost_in_noise_is_not_solved_for():
+    decision = watch(Policy(), gr_s=0.97, gr_s_error=0.05, noise_scale=2e6, noise_scale_error=3e6)
+    assert decision.config.batch_size == 4 * 64
 
 
 @pytest.mark.parametrize("gr_t", [2.0, 20.0, 60.0])
@@ -362,26 +348,61 @@ def stalled(loss_at, *, gr_t=34.0, gr_t_error=4.0, config=CONFIG, checks=400):
 
 
 def test_a_stall_under_a_gr_t_too_high_is_met_by_lower_learning_rates():
-    moves = stalled(lambda config: 0.5 + 500.0 * config.lr, gr_t=60.0, gr_t_error=6.0)
+    moves = stalled(lambda config: 0.5 + 500.0 * config.lr)
     assert len(moves) >= 2
     rates = [CONFIG.lr, *(move.config.lr for move in moves)]
     assert all(after < before for before, after in pairwise(rates))
     assert all(move.reuse and not move.rollback for move in moves)
     assert moves[0].evidence.quantity == "GR_T"
-    assert moves[0].config.lr == pytest.approx(CONFIG.lr * math.sqrt(20.0 / moves[0].evidence.value))
 
 
-@pytest.mark.parametrize(("gr_t", "gr_t_error"), [(30.0, 20.0), (40.0, 20.0), (34.0, 4.0)])
-def test_a_gr_t_that_is_not_clearly_too_high_lowers_nothing(gr_t, gr_t_error):
-    """Such readings are found at a third of the best learning rate as at thirty times it, stalled loss or not."""
-    assert not stalled(lambda config: 1.0, gr_t=gr_t, gr_t_error=gr_t_error)
-    losses = [2.3 - 0.04 * i for i in range(40)]
-    assert isinstance(watch(Policy(), checks=40, losses=losses, gr_t=gr_t, gr_t_error=gr_t_error), Continue)
+JUMPS = {"gr_t": 300.0, "gr_t_error": 300.0}
+"""A GR_T that is everywhere says nothing of the learning rate."""
 
 
-def test_a_gr_t_far_too_high_lowers_nothing_while_the_loss_falls():
-    losses = [2.3 * 0.97**i for i in range(60)]
-    assert isinstance(watch(Policy(), checks=60, losses=losses, gr_t=80.0, gr_t_error=4.0), Continue)
+def test_where_gr_t_jumps_a_stall_is_met_by_higher_learning_rates():
+    """The same loss at every learning rate below 3.5e-3, and a lower one there."""
+    up, on, *_ = stalled(lambda config: 1.0 if config.lr < 3.5e-3 else 0.5, **JUMPS)
+    assert up.config == replace(CONFIG, lr=2.0 * CONFIG.lr)
+    assert on.config.lr == pytest.approx(4.0 * CONFIG.lr)
+    assert (up.evidence.rule, on.evidence.rule) == ("stall", "stall")
+    assert up.reuse
+
+
+def test_a_learning_rate_raised_against_a_stall_goes_back_where_the_loss_rises():
+    """5 % worse above 1.5e-3, never better: up, back, and not up again."""
+    up, back, *rest = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05, **JUMPS)
+    assert up.config.lr == 2.0 * CONFIG.lr
+    assert back.config.lr == CONFIG.lr
+    assert back.evidence.value > back.evidence.interval[1]
+    assert back.reuse
+    assert not back.rollback, "a small loss is no reason to throw samples away"
+    assert all(move.config.lr <= CONFIG.lr * 1.001 for move in rest)
+
+
+def test_a_loss_that_doubles_on_trial_goes_back_to_saved_weights():
+    up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 2.2, **JUMPS)
+    assert back.rollback
+    assert back.config.lr <= CONFIG.lr * 1.001
+    assert back.evidence.step - up.evidence.step <= 40
+
+
+def test_a_trial_ends_where_somebody_else_changes_the_configuration():
+    """A weight decay that follows the learning rate is no such change."""
+    for change, kept in ({"weight_decay": 0.005}, True), ({"lr": 5e-4}, False), ({"batch_size": 128}, False):
+        policy, losses = Policy(), [2.0, 1.5, *(1.0 + 0.001 * (-1) ** i for i in range(80))]
+        policy.observe(None, CONFIG, loss=2.3)
+        watch(policy, checks=12, losses=losses)
+        up = watch(policy, first=65, checks=60, losses=losses[12:], **JUMPS)
+        assert up.evidence.rule == "stall"
+        decision = watch(policy, replace(up.config, **change), checks=3, first=up.evidence.step + 5, losses=losses[2:])
+        assert (decision.reason == "a higher learning rate is on trial") == kept
+
+
+def test_nothing_moves_while_a_learning_rate_is_on_trial():
+    """Not before another tenth of all samples has been seen under it."""
+    up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05, **JUMPS)
+    assert back.evidence.step >= 1.1 * up.evidence.step
 
 
 @cache
@@ -401,7 +422,7 @@ def test_nearly_every_start_arrives_at_little_more_than_the_cost_of_an_ideal_run
     ratios = sorted(run.cost / ideal if run.reached else math.inf for _, _, run, ideal in journeys())
     assert ratios[len(ratios) // 2] < 1.0
     assert ratios[int(0.9 * len(ratios))] < 1.4
-    assert ratios[int(0.98 * len(ratios))] < 2.6
+    assert ratios[int(0.98 * len(ratios))] < 2.5
 
 
 def test_nearly_every_start_ends_near_the_best_learning_rate():
@@ -506,6 +527,20 @@ def test_divergence_at_the_lowest_rate_stops():
     assert str(decision).startswith("stop: ")
 
 
+def test_weights_that_fall_behind_abandoned_ones_go_back_towards_their_rate():
+    """In the zone is not enough where an earlier trial had come further at equal samples."""
+    policy, high = Policy(), Config(1e-2, 64)
+    policy.observe(None, high, loss=2.3)
+    assert isinstance(watch(policy, high, checks=9, losses=[2.3 - 0.19 * i for i in range(9)]), Continue)
+    low = watch(policy, high, first=50, gr_t=300.0, losses=[0.6] * 20)
+    assert not low.reuse  # a start that high is not trusted
+    policy.observe(None, low.config, loss=2.3)
+    back = watch(policy, low.config, losses=[2.3 - 0.05 * i for i in range(20)])
+    assert back.evidence.rule == "behind"
+    assert back.reuse
+    assert low.config.lr < back.config.lr <= high.lr
+
+
 # --- its parts -------------------------------------------------------------------------------------------------------
 
 
@@ -580,17 +615,16 @@ def replay(run, **settings):
 
 
 MOVES = {
-    "char-32": "++++000",
-    "char-128": "++++00-",
-    "img-32": "++++00-",
-    "img-128": "++++00-",
-    "reg-32": "+++000-",
-    "reg-128": "++++00-",
+    "char-32": "++++---",
+    "char-128": "++++---",
+    "img-32": "++++---",
+    "img-128": "++++---",
+    "reg-32": "+++0---",
+    "reg-128": "++++---",
     "noisy-32": "+++000-",
     "noisy-128": "++++00-",
 }
-"""Where the first move of each recorded sweep goes, from its lowest learning rate to its highest. Averaged weights make
-three and ten times the best learning rate usable, and early readings do not tell those from the best: they stay."""
+"""Where the first move of each recorded sweep goes, from its lowest learning rate to its highest."""
 
 
 def change(decision, run):
@@ -599,8 +633,8 @@ def change(decision, run):
 
 
 @pytest.mark.parametrize("sweep", MOVES)
-def test_a_real_training_is_moved_up_by_steps_and_begun_again_where_it_was_hurt(sweep):
-    """At a batch that is held: up with its weights by a factor of 2.2 to 4, or within 15 steps to a thirtieth."""
+def test_a_real_training_is_moved_up_by_steps_and_down_from_scratch(sweep):
+    """At a batch that is held: up with its weights by a factor of 2.2 to 4, or within 45 steps to a sixth or less."""
     runs = sorted((run for run in RECORDED if f"{run['task']}-{run['batch']}" == sweep), key=lambda run: run["lr"])
     for run, move in zip(runs, MOVES[sweep], strict=True):
         decision = replay(run, min_batch=run["batch"], max_batch=run["batch"])
@@ -611,26 +645,21 @@ def test_a_real_training_is_moved_up_by_steps_and_begun_again_where_it_was_hurt(
             assert 2.2 < factor < 4.001
         if move == "-":
             assert not decision.reuse
-            assert factor == pytest.approx(1 / 30)
-            assert decision.evidence.step <= 15
+            assert factor < 0.17
+            assert decision.evidence.step <= 45
 
 
-def test_no_real_training_is_moved_away_from_the_best_learning_rate():
-    """Those that are three times off or more: all that are too low but two go up, and of those too high only what is
-    hurt goes down."""
-    factors = {"low": [], "high": [], "ruinous": []}
+def test_real_trainings_are_moved_towards_the_best_learning_rate():
+    """Those that are three times off or more: 43 of 48, and none of those thirty times too high is kept."""
+    right = []
     for run in RECORDED:
         away = run["lr"] / run["best_lr"]
         factor = change(replay(run, min_batch=run["batch"], max_batch=run["batch"]), run)
         if away < 0.4 or away > 2.5:
-            factors["low" if away < 1.0 else "high" if away < 29.0 else "ruinous"].append(factor)
-    assert sum(factor > 2.0 for factor in factors["low"]) == len(factors["low"]) - 2, (
-        "but for two at a third of the best"
-    )
-    assert min(factors["low"]) >= 1.0
-    assert max(factors["high"]) <= 1.0
-    assert max(factors["ruinous"]) <= 1.0
-    assert (sum(factor < 0.04 for factor in factors["ruinous"]), len(factors["ruinous"])) == (6, 7)
+            right.append((factor - 1.0) * (1.0 - away) > 0.0)
+        if away > 29.0:
+            assert factor < 0.17
+    assert (sum(right), len(right)) == (43, 48)
 
 
 @pytest.mark.parametrize("run", [run for run in RECORDED if run["task"] == "char" and run["batch"] == 128])

@@ -108,7 +108,7 @@ def test_rank_0_stops_all_of_them(two):
 def test_an_advisor_says_the_same_on_all_ranks_and_prints_on_one(two):
     one, other = (results["advised"] for results in two)
     assert one["said"] == other["said"]
-    assert "too low" in one["lines"][-1]
+    assert "raise LR" in one["lines"][-1]
     assert (len(one["lines"]), other["lines"]) == (3, [])
 
 

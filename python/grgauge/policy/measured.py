@@ -1,4 +1,4 @@
-"""The measured rules: gauges where they can tell, the loss for what was damaged.
+"""The measured rules: gauges judged by their intervals, and the loss where gauges cannot tell.
 
 Numbers are in `rules`, with their reasons.
 """
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..reading import Reading
-from ..theory import batch_for_gr_s, uncorrelated
+from ..theory import batch_for_gr_s, noise_scale_from_gr_s, uncorrelated
 from .course import Course, restored
 from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
 from .losses import Losses
@@ -33,6 +33,23 @@ class SavedWeights:
 
 
 @dataclass
+class RaiseOnTrial:
+    """Learning rate and loss as the learning rate was raised against a stalled loss."""
+
+    lr: float
+    loss: float
+    loss_error: float
+
+
+@dataclass
+class Rival:
+    """The weights that were abandoned last: their losses, and their learning rate carried over to a batch of 1."""
+
+    losses: Losses
+    lr: float
+
+
+@dataclass
 class State:
     course: Course = field(default_factory=Course)
     losses: Losses = field(default_factory=Losses)
@@ -41,6 +58,7 @@ class State:
     lr_factor: float | None = None  # of the schedule, at the newest check
     peak: float = 0.0  # its highest
     recent: list[float] = field(default_factory=list)  # log GR_T of the newest readings under this configuration
+    away: int = 0  # checks in a row that found the batch outside its zone
     found: bool = False  # GR_T has been in the zone or above it
     hurt: bool = False  # the loss has been well above that of untrained weights
     climbed: bool = False  # these weights have seen the learning rate rise to where it is
@@ -49,14 +67,12 @@ class State:
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     begun: list[Config] = field(default_factory=list)  # what untrained weights began at
     saved: SavedWeights | None = None
+    trial: RaiseOnTrial | None = None
+    rival: Rival | None = None
 
 
 class Measured:
-    """The rule set of `Policy.default()`.
-
-    GR_T raises the learning rate where it is clearly low, GR_S cuts the batch where it is clearly too large, and the
-    loss shows what was damaged.
-    """
+    """Up step by step from below, down by the loss, the batch by its noise scale; see `Policy`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._state = settings, State()
@@ -92,11 +108,12 @@ class Measured:
         if warming:  # nothing that is seen so far is the doing of this learning rate
             s.steps = 0
             course.begin()
-            s.recent = []
+            self._forget()
         block = s.losses.close(course.samples)
         return (
             self._wrecked(block)
             or self._plateau_left()
+            or self._trial()
             or self._spatial(reading)
             or self._temporal(reading, warming)
             or Continue("nothing to change", Evidence("steady", course.step))
@@ -119,12 +136,15 @@ class Measured:
         scale = abs(first)
         known = max(first, saved.loss) if saved else first
         evidence = self._evidence("loss", "loss", block, (known - noise, known + noise))
-        if block > known + RULES.exploded * scale:
+        recent = losses.level(RULES.level_blocks, s.course.start)
+        # A learning rate on trial may shake the loss: it is judged when that is over, unless the loss doubles.
+        doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
+        if block > known + RULES.exploded * scale or doubled:
             return self._fail("the loss exploded", replace(evidence, rule="explosion"))
         if block > first + RULES.hurt * scale:
             s.hurt = True
         blocks = RULES.recent_blocks
-        if saved and saved.raised and blocks * self._settings.every <= age <= RULES.worse_steps:
+        if saved and saved.raised and s.trial is None and blocks * self._settings.every <= age <= RULES.worse_steps:
             now, error = losses.level(blocks, s.course.start), math.hypot(losses.error(blocks), saved.loss_error)
             margin = RULES.judged_errors * error + RULES.worse * abs(saved.loss)
             if now is not None and now > saved.loss + margin:
@@ -142,6 +162,22 @@ class Measured:
             return untrained is None
         error = losses.error(RULES.learned_blocks)
         return now < untrained - max(RULES.learned_errors * error, RULES.learned * abs(untrained))
+
+    def _rival_further(self) -> Decision | None:
+        """Weights abandoned for a learning rate too high were further at equal samples: back towards it."""
+        s, old = self._state, self._state.course.now
+        now = s.losses.level(RULES.level_blocks, s.course.start)
+        then = None if s.rival is None else s.rival.losses.at(s.course.samples)
+        if now is None or then is None or s.rival is None:
+            return None
+        error = math.hypot(s.losses.error(RULES.level_blocks), s.rival.losses.error(1))
+        margin = RULES.judged_errors * error + RULES.rival * abs(then)
+        lr = min(RULES.rival_raise * old.lr, s.rival.lr * old.batch_size**self._settings.coupling)
+        if now < then + margin or lr < RULES.least_raise * old.lr:
+            return None
+        s.ceiling = None
+        evidence = self._evidence("behind", "loss", now, (then - margin, then + margin))
+        return self._move(lr, old.batch_size, "an earlier trial was further at equal samples", evidence)
 
     def _plateau(self) -> Decision | None:
         """Nothing learned and nothing hurt, where noise alone reads GR_T 19 at any learning rate: by the loss, up."""
@@ -180,9 +216,12 @@ class Measured:
     def _plateau_raise(self) -> float:
         return min(RULES.plateau_raise, self._settings.max_lr_factor)
 
-    def _stall(self, gr_t: float, least: float, jumps: bool, evidence: Evidence) -> Decision | None:
-        """Down where the loss has not fallen for a while and GR_T, `least` or more, is clearly too high."""
-        s, old, losses, limits = self._state, self._state.course.now, self._state.losses, self._settings
+    def _stall(self, reading: Reading, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision | None:
+        """Against a loss that has not fallen for a while, all of it under this configuration.
+
+        With less noise, at the configuration given; but where GR_T cannot tell, with a higher learning rate, on trial.
+        """
+        s, old, losses = self._state, self._state.course.now, self._state.losses
         since = (1.0 - RULES.stall_share) * s.course.samples
         blocks = losses.blocks(since) // 2 * 2
         level, fall = losses.level(blocks, since), losses.fall(blocks, since)
@@ -191,85 +230,133 @@ class Measured:
         error = losses.error(blocks // 2)
         if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
             return None
-        if least > RULES.overshot * limits.target.gr_t_zone[1] and not jumps:
-            factor = max(
-                min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered), 1.0 / limits.max_lr_factor
-            )
-            reason = "the learning rate is too high, and the loss has stalled"
-            return self._move(factor * old.lr, old.batch_size, reason, evidence)
-        return None
+        higher = self._below(RULES.stall_raise * old.lr, old.batch_size)
+        if not _jumps(reading) or higher < RULES.least_raise * old.lr:
+            if lr < old.lr:
+                self._cap(old.lr)
+            return self._move(lr, batch, reason, evidence)
+        evidence = replace(evidence, rule="stall")
+        decision = self._move(higher, old.batch_size, "the loss has stalled, and GR_T cannot tell why", evidence)
+        s.trial = RaiseOnTrial(old.lr, level, losses.error(blocks)) if isinstance(decision, Retune) else None
+        return decision
+
+    def _trial(self) -> Decision | None:
+        """What a learning rate raised against a stall has done to the loss."""
+        s, course, losses, trial = self._state, self._state.course, self._state.losses, self._state.trial
+        if trial is None:
+            return None
+        blocks = losses.blocks(course.start) // 2  # the newer half: at first the change itself shows
+        now, error = losses.level(blocks, course.start), math.hypot(losses.error(max(blocks, 1)), trial.loss_error)
+        scale, seen = abs(trial.loss), course.samples
+        unsure = error > RULES.trial_error * scale and seen < (1.0 + RULES.trial_share_unsure) * course.start
+        if now is None or blocks < RULES.trial_blocks or seen < (1.0 + RULES.trial_share) * course.start or unsure:
+            return Continue("a higher learning rate is on trial", Evidence("stall", course.step))
+        margin = max(RULES.trial_errors * error, RULES.trial_worse * scale)
+        s.trial = None
+        if s.saved:
+            s.saved.raised = False
+        if now < trial.loss + margin:
+            return None
+        self._cap(trial.lr)
+        evidence = self._evidence("stall", "loss", now, (trial.loss - margin, trial.loss + margin))
+        reason = "the loss is worse than before the learning rate was raised"
+        return self._move(trial.lr, course.now.batch_size, reason, evidence)
 
     # --- what the gauges say ------------------------------------------------------------------------------------------
 
     def _spatial(self, reading: Reading) -> Decision | None:
-        """The batch: down where it is clearly too large, since that is dear; up where a small one leaves GR_T blind."""
+        """The batch: down as soon as it is far too large, since that is dear; up with care."""
         s, limits, target, old = self._state, self._settings, self._settings.target, self._state.course.now
         gr_s, error, mu = reading.gr_s, _finite(reading.gr_s_error), reading.noise_scale
         if gr_s is None or not 0.0 < gr_s < math.inf:
             return None
-        low = target.gr_s_zone[0]
-        interval = None if error is None else (gr_s - limits.z * error, gr_s + limits.z * error)
-        if interval is None:
+        low, high = target.gr_s_zone
+        if error is None:
             if s.found or gr_s > RULES.far_above * low:
                 return None
-            wanted = old.batch_size * gr_s / target.gr_s
-        elif interval[1] < low:
-            known = mu is not None and 0.0 < mu < math.inf
-            known = known and (reading.noise_scale_error or math.inf) < RULES.noise_scale_error * (mu or 0.0)
-            wanted = batch_for_gr_s(target.gr_s, mu or 0.0) if known else old.batch_size * gr_s / target.gr_s
-        elif gr_s > limits.blind and not s.found and s.course.age >= RULES.blind_steps and self._learned():
-            wanted = max(RULES.small_batch, old.batch_size)
+            wanted, interval = old.batch_size * gr_s / target.gr_s, None
         else:
-            return None
-        least = old.batch_size / limits.max_batch_factor**2
-        if s.steps < RULES.young_steps:
-            least = max(least, min(old.batch_size, RULES.small_batch))
-        batch = limits.fit(old, old.lr, min(max(wanted, least), old.batch_size * limits.max_batch_factor)).batch_size
+            interval = (gr_s - limits.z * error, gr_s + limits.z * error)
+            unsure = gr_s > high and interval[1] > 1.0 and s.course.age >= RULES.unsure_steps
+            if interval[1] < low:
+                known = mu is not None and 0.0 < mu < math.inf
+                known = known and (reading.noise_scale_error or math.inf) < RULES.noise_scale_error * (mu or 0.0)
+                wanted = batch_for_gr_s(target.gr_s, mu or 0.0) if known else old.batch_size * gr_s / target.gr_s
+            elif interval[0] > high or unsure:
+                # from below: to the near edge of the zone, as the near end of the interval has it
+                near = min(max(interval[0], 1.0 / old.batch_size), RULES.near_one)
+                known = near > high and old.batch_size > 1  # a batch of 1 reads 1 whatever the noise is
+                wanted = batch_for_gr_s(high, noise_scale_from_gr_s(near, old.batch_size)) if known else math.inf
+            else:
+                s.away = 0
+                return None
+        most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
+        wanted = min(max(wanted, old.batch_size / limits.max_batch_factor**2), old.batch_size * most)
+        s.away += 1
+        evidence = self._evidence("batch", "GR_S", gr_s, interval)
+        batch = limits.fit(old, old.lr, wanted).batch_size
         ratio = batch / old.batch_size
-        if max(ratio, 1.0 / ratio) < RULES.batch_change:
+        needed, checks = (RULES.found_batch_change, RULES.found_checks) if s.found else (RULES.batch_change, 1)
+        if max(ratio, 1.0 / ratio) < needed or s.away < checks:
             return None
-        reason = "the batch leaves GR_T blind" if ratio > 1.0 else "the batch is larger than it need be"
-        # Up at the same learning rate: noise that grows with progress asks for averaging.
-        lr = self._below(old.lr * min(ratio, 1.0) ** limits.coupling, batch)
-        return self._move(lr, batch, reason, self._evidence("batch", "GR_S", gr_s, interval))
+        quiet = not s.recent or s.recent[-1] <= math.log(target.gr_t_zone[1])
+        if ratio > 1.0 and s.found:
+            return self._stall(reading, old.lr, batch, "the batch is too small", evidence) if quiet else None
+        if ratio > 1.0 and not self._learned():
+            return None
+        # Up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
+        low_lr = not (s.found or s.hurt) and bool(s.recent) and max(s.recent) < math.log(target.gr_t_zone[0])
+        lr = old.lr * ratio**limits.coupling if ratio < 1.0 or low_lr else old.lr
+        reason = "the batch is too small" if ratio > 1.0 else "the batch is larger than it need be"
+        return self._move(self._below(lr, batch), batch, reason, evidence)
 
     def _temporal(self, reading: Reading, warming: bool) -> Decision | None:
         """The learning rate: up step by step while GR_T is low, down where it is high."""
-        s, course, limits = self._state, self._state.course, self._settings
-        low, high = limits.target.gr_t_zone
+        s, course, limits, (low, high) = (
+            self._state,
+            self._state.course,
+            self._settings,
+            self._settings.target.gr_t_zone,
+        )
         if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.finite_time_factor > 0.0):
             return None
         if warming:
             return Continue("the schedule is warming up", self._evidence("schedule", "GR_T", reading.gr_t))
-        gr_s, gr_s_error = _finite(reading.gr_s) or 0.0, _finite(reading.gr_s_error)
-        if gr_s > limits.blind:
-            blind = self._evidence("blind", "GR_T", reading.gr_t)
-            return self._plateau() or Continue("GR_S says that GR_T is blind", blind)
         grown = full_grown(max(reading.gr_t, 1.0), reading.finite_time_factor)
         s.recent = [*s.recent[1 - RULES.readings :], math.log(min(grown, RULES.largest))]
         error = (_finite(reading.gr_t_error) or 0.0) / reading.gr_t
         spread = min(max(error, RULES.least_error), RULES.most_error) / math.sqrt(len(s.recent))
         gr_t, reach = math.exp(sum(s.recent) / len(s.recent)), math.exp(limits.z * spread)
         evidence = self._evidence("learning rate", "GR_T", gr_t, (gr_t / reach, gr_t * reach))
-        too_low, begun = gr_t * reach < low, not s.climbed and course.age >= RULES.start_steps
-        # Where GR_T is low only once: with small batches a first loss low by chance is enough to look hurt.
-        doubtful = gr_t > high or (too_low and len(s.begun) == 1)
-        if s.hurt and begun and doubtful and s.steps <= RULES.target_step:
-            reason = "hurt by its first steps: again, from below"
-            return self._start_lower(course.now.lr / RULES.restart, reason, evidence)
-        if too_low:
+        gr_s, gr_s_error = _finite(reading.gr_s) or 0.0, _finite(reading.gr_s_error)
+        if gr_s > limits.blind:
+            evidence = replace(evidence, rule="blind")
+            return self._plateau() or Continue("GR_S says that GR_T is blind", evidence)
+        if gr_t * reach < low:
             return self._too_low(gr_t, reach, evidence)
+        if self._begun_badly and ((s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and self._learned())):
+            # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
+            self._cap(course.now.lr)
+            lr = course.now.lr / (RULES.restart if s.hurt else RULES.restart_high)
+            return self._start_lower(lr, "started too high: again, from below", evidence)
         if gr_t / reach > high:
-            s.found = s.found or (course.age >= limits.grace and self._learned())
-            stalled = self._stall(gr_t, gr_t / reach, _jumps(reading), evidence)
-            return self._plateau() or stalled or Continue("above the zone, where GR_T cannot tell", evidence)
-        unseen = gr_s_error is not None and gr_s + limits.z * gr_s_error > 1.0
+            return self._plateau() or self._too_high(reading, gr_t, evidence)
+        unseen = gr_s_error is not None and (reading.gr_s or 0.0) + limits.z * gr_s_error > 1.0
         if course.age >= limits.grace and self._learned() and not unseen:
             s.found = True
-        return self._plateau() or Continue("in the zone", evidence)
+        return self._plateau() or self._rival_further() or Continue("in the zone", evidence)
+
+    @property
+    def _begun_badly(self) -> bool:
+        """The learning rate that untrained weights began at is still what shows."""
+        s = self._state
+        return not s.climbed and s.course.age >= RULES.start_steps and s.steps <= RULES.target_step
 
     def _too_low(self, gr_t: float, reach: float, evidence: Evidence) -> Decision:
         s, course, limits, old = self._state, self._state.course, self._settings, self._state.course.now
+        # Once: with small batches a first loss low by chance is enough to look hurt.
+        if s.hurt and s.rival is None and self._begun_badly:
+            return self._start_lower(old.lr / RULES.restart, "hurt by its first steps: again, from below", evidence)
         patience = RULES.target_step if s.found else RULES.patience + RULES.patience_per_gr_t * gr_t
         trending = reach > RULES.trend and course.age < RULES.trend_steps
         good = s.found and gr_t > RULES.far_below * limits.target.gr_t_zone[0]
@@ -280,16 +367,39 @@ class Measured:
         factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
         lr = self._below(old.lr * factor, old.batch_size)
         if lr < RULES.least_raise * old.lr:
-            return Continue("below the zone, just below a learning rate that failed", evidence)
+            further = self._rival_further()
+            return further or Continue("below the zone, just below a learning rate that failed", evidence)
         return self._move(lr, old.batch_size, "the learning rate is too low", evidence)
+
+    def _too_high(self, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
+        s, age, limits, old = self._state, self._state.course.age, self._settings, self._state.course.now
+        beyond = gr_t > RULES.overshot * limits.target.gr_t_zone[1]
+        overshot = not s.found and beyond and age >= RULES.settled_steps and not _jumps(reading)
+        s.found = s.found or (age >= limits.grace and self._learned())
+        factor = min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered)
+        lr, reason = old.lr * max(factor, 1.0 / limits.max_lr_factor), "the learning rate is too high"
+        if overshot:
+            self._cap(old.lr)
+            return self._move(lr, old.batch_size, reason, evidence)
+        stalled = self._stall(reading, lr, old.batch_size, reason, evidence)
+        return stalled or Continue("above the zone, but the loss falls", evidence)
 
     # --- moves --------------------------------------------------------------------------------------------------------
 
     def _follow(self, config: Config) -> None:
-        s = self._state
-        if s.course.follow(config):
-            s.recent = []
-            s.begun = s.begun or [config]
+        s, before = self._state, self._state.course.config
+        if config == before:
+            return
+        if before is not None and (before.lr, before.batch_size) != (config.lr, config.batch_size):
+            s.trial = None  # what was on trial is not what runs
+        s.course.config = config
+        s.begun = s.begun or [config]
+        s.course.begin()
+        self._forget()
+
+    def _forget(self) -> None:
+        """A configuration begins: its gauges start cold."""
+        self._state.recent, self._state.away = [], 0
 
     def _move(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:
         """To another configuration with the weights at hand, which are saved first."""
@@ -341,7 +451,7 @@ class Measured:
 
     def _restart(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:
         """To another configuration from untrained weights."""
-        s = self._state
+        s, old = self._state, self._state.course.now
         decision = self._book(lr, batch, reason, evidence, reuse=False)
         if isinstance(decision, Retune):
             self._state = State(
@@ -349,6 +459,7 @@ class Measured:
                 peak=s.peak,
                 ceiling=s.ceiling,
                 begun=[*s.begun, decision.config],
+                rival=Rival(s.losses, old.lr / old.batch_size**self._settings.coupling),
             )
         return decision
 
@@ -359,7 +470,8 @@ class Measured:
         to = self._settings.fit(course.now, lr, batch)
         decision = course.move(to, self._settings.max_moves, reason, evidence, reuse=reuse, rollback=rollback)
         if isinstance(decision, Retune):
-            s.broken, s.recent = 0, []
+            s.broken, s.trial = 0, None
+            self._forget()
         return decision
 
     def _cap(self, lr: float) -> None:

@@ -28,12 +28,12 @@ class Rules:
     decayed: float = 0.9  # a schedule below that share of its peak makes GR_T low by itself
     least_raise: float = 1.15  # a smaller one is not worth a cold start of the gauges
 
-    # GR_T above its zone: between 20 and 50 it is found at a third of the best learning rate as at 30 times it
-    overshot: float = 1.5  # times the zone's upper end, for the interval's lower end: too high if the loss stalls, too
+    # GR_T above its zone: from above it destroys weights
+    overshot: float = 1.5  # times the zone's upper end: too high whatever the loss says
+    settled_steps: int = 20  # before a GR_T that high, or a loss that stands still, is believed
+    start_steps: int = 15  # before weights are said to have started badly: three checks
     lower_power: float = 0.5  # lr goes down by (GR_T*/GR_T)^power, ...
     least_lowered: float = 0.7  # ... but at least to that share: less would be lost in the noise of GR_T
-    settled_steps: int = 20  # before a loss that stands still is believed
-    start_steps: int = 15  # before weights are said to have started badly: three checks
 
     # losses
     kept_blocks: int = 256  # points of a curve; beyond, every second of its older half goes
@@ -41,6 +41,7 @@ class Rules:
     jump: float = 9.0  # ... half of whose square is beyond so many variances: three standard deviations
     fading: float = 0.97  # weight of the noise's history at each loss: about the 30 newest count
     recent_blocks: int = 2  # blocks of losses for the level before and after a raise: a change shows at once
+    level_blocks: int = 4  # blocks for a level that nothing depends on at once
     learned_blocks: int = 5  # blocks for what is learned
     learned: float = 0.02  # share of the untrained loss, by which it must have fallen, ...
     learned_errors: float = 2.0  # ... and standard errors
@@ -58,16 +59,21 @@ class Rules:
     far_raised: float = 4.0  # a raise by more is halved in the logarithm and not taken back whole
     max_rollbacks: int = 2  # to the same saved weights; then they are in doubt themselves
     restart: float = 30.0  # what lr is divided by where weights were destroyed: a decade and a half, for below is cheap
+    restart_high: float = 6.0  # ... where they were not, but GR_T says too high
     restart_share: int = 4  # what the batch is divided by where weights were destroyed: its gauges are void, ...
     restart_batch: int = 16  # ... but not below that: small batches are cheap, and no cheaper in steps
+    rival: float = 0.05  # share of the loss by which abandoned weights must have been further at equal samples
+    rival_raise: float = 2.0  # towards their learning rate, in one move
 
     # GR_S
     far_above: float = 0.5  # share of the zone's lower end: so far too large a batch is left at the first reading
     noise_scale_error: float = 0.5  # relative, up to which a noise scale is solved for a batch
+    near_one: float = 0.999  # GR_S at 1 has no noise scale
+    unsure_steps: int = 40  # until a GR_S whose interval reaches beyond 1 is acted on by its value
     batch_change: float = 1.5  # a smaller factor is not worth a cold start of the gauges
-    small_batch: int = 24  # below it GR_T soon is blind: a blind batch grows up to it, ...
-    young_steps: int = 150  # ... and none is cut below before: the noise scale is small while lr is far too low
-    blind_steps: int = 40  # until a GR_S at which GR_T is blind is acted on: its interval reaches beyond 1
+    found_batch_change: float = 1.8  # ... where lr is found good
+    found_checks: int = 4  # in a row that must ask for another batch then
+    found_raise: float = 2.0  # the most that a batch grows by then
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
     plateau_error: float = 0.01  # relative error of the loss, ...
@@ -84,6 +90,13 @@ class Rules:
     stall_blocks: int = 20  # of losses, at least
     stall_error: float = 0.03  # relative error of the loss, up to which it can be told
     stall_errors: float = 1.4  # of one half of it: one standard error of the fall between the halves
+    stall_raise: float = 2.0  # on trial
+    trial_share: float = 0.1  # of all samples, at least, before the trial is judged, ...
+    trial_share_unsure: float = 0.3  # ... and at most, where the error of the loss is above ...
+    trial_error: float = 0.015  # ... that share of it
+    trial_blocks: int = 4  # of losses, at least
+    trial_errors: float = 2.0  # standard errors of a loss that is worse than before, ...
+    trial_worse: float = 0.01  # ... and share of it
 
 
 RULES = Rules()
