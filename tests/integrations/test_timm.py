@@ -48,7 +48,10 @@ print(gauge.reading())
 """
 
 
-@pytest.mark.skipif(not (find_spec("timm") and find_spec("torchvision")), reason="timm or torchvision is not installed")
+@pytest.mark.skipif(
+    not (find_spec("timm") and find_spec("torchvision")),
+    reason="timm imports torchvision, built for one torch: pip install timm torchvision",
+)
 def test_an_optimizer_by_name_with_injected_arguments_trains_and_is_gauged():
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -20,7 +20,7 @@ def of_transformers(grades: bool) -> dict:
 
     lines = []
     gauging = GaugeCallback(window=10, print=lines.append)
-    freezing = [GradESCallback(tau=1.3, every=2, warmup=2, enough=0.5)] if grades else []
+    freezing = [GradESCallback(tau=3.0, every=2, warmup=2)] if grades else []
     model = llama()
     arguments = TrainingArguments(
         str(FOLDER / f"transformers-{grades}"),
