@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from grgauge_kernels import stream
 from grgauge_kernels.backends import cpu
 
 TESTS = Path(__file__).parent
@@ -47,3 +48,13 @@ def backend(request):
         pytest.skip(f"this processor has no {request.param}")
     yield "cpu"
     cpu.isa(usual)
+
+
+@pytest.fixture(params=["compiled", "python"])
+def lookup(request, monkeypatch):
+    """How the facts of a `Stream` are looked up: by the compiled library, or in Python where it is not built."""
+    if request.param == "python":
+        monkeypatch.setattr(stream, "_through_dlpack", lambda: None)
+    elif stream._through_dlpack() is None:
+        pytest.skip("libgrgauge_cpu is not built")
+    return request.param

@@ -37,8 +37,9 @@ import numpy as np
 import pandas as pd
 
 from grgauge import Reading, theory
-from grgauge.policy.advice import SPANS, Summary, Watch, advice_of
+from grgauge.policy.advice import advice_of
 from grgauge.policy.calibration import LEVELS, Calibration, Curve, spread
+from grgauge.policy.watch import SPANS, Summary, Watch
 
 from .table import BATCHES, LRS, SEEDS, load
 

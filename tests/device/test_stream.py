@@ -10,19 +10,9 @@ from device.problem import Problem, same_bits
 from torch import Tensor
 
 import grgauge_kernels as gk
-from grgauge_kernels import stream
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32)
 SHAPES = ((), (0,), (1,), (5,), (2, 3), (3, 1, 2), (2, 3, 4, 5))
-
-
-@pytest.fixture(params=["compiled", "python"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "python":
-        monkeypatch.setattr(stream, "_through_dlpack", lambda: None)
-    elif stream._through_dlpack() is None:
-        pytest.skip("no compiled library")
-    return str(request.param)
 
 
 def tensors() -> list[Tensor]:
@@ -35,7 +25,7 @@ def tensors() -> list[Tensor]:
     return [*made, *turned, torch.zeros(9, device="cuda")[4:], torch.nn.Parameter(torch.zeros(3, device="cuda"))]
 
 
-def test_addresses_and_sizes_are_torchs(way: str) -> None:
+def test_addresses_and_sizes_are_torchs(lookup: str) -> None:
     ts = tensors()
     seen = gk.Stream(ts)
     assert all(map(operator.is_, seen, ts))
@@ -44,7 +34,7 @@ def test_addresses_and_sizes_are_torchs(way: str) -> None:
     assert not seen.in_order
 
 
-def test_another_device_is_not_in_order_and_does_not_stand(way: str) -> None:
+def test_another_device_is_not_in_order_and_does_not_stand(lookup: str) -> None:
     own = [torch.zeros(3, device="cuda"), torch.zeros(4, device="cuda")]
     assert gk.Stream(own).in_order
     assert not gk.Stream([own[0], torch.zeros(4)]).in_order
@@ -57,7 +47,7 @@ def test_another_device_is_not_in_order_and_does_not_stand(way: str) -> None:
     "moved", [lambda: torch.zeros(6), lambda: torch.zeros(6).half(), lambda: torch.zeros(5)],
     ids=["elsewhere", "dtype", "size"],
 )  # fmt: skip
-def test_what_has_other_memory_does_not_stand(way: str, moved) -> None:  # type: ignore[no-untyped-def]
+def test_what_has_other_memory_does_not_stand(lookup: str, moved) -> None:  # type: ignore[no-untyped-def]
     own = torch.zeros(6, device="cuda")
     seen = gk.Stream([own])
     own.add_(1)
@@ -66,7 +56,7 @@ def test_what_has_other_memory_does_not_stand(way: str, moved) -> None:  # type:
     assert not seen.stands()
 
 
-def test_asking_does_not_wait_for_the_device(way: str) -> None:
+def test_asking_does_not_wait_for_the_device(lookup: str) -> None:
     own = [torch.zeros(3, device="cuda") for _ in range(100)]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -76,7 +66,7 @@ def test_asking_does_not_wait_for_the_device(way: str) -> None:
 
 
 @pytest.mark.parametrize("moment", [torch.float32, torch.bfloat16], ids=str)
-def test_loose_tensors_are_updated_where_they_are_now(way: str, kernel: str, moment: torch.dtype) -> None:
+def test_loose_tensors_are_updated_where_they_are_now(lookup: str, kernel: str, moment: torch.dtype) -> None:
     """Lists and streams alike; after tensors have moved, the new ones are, and the old ones stay as they are."""
 
     def made() -> tuple[Problem, list[list[Tensor]]]:

@@ -14,7 +14,8 @@ import torch
 
 from grgauge import Advice, Gauge, Reading, Target, verdict
 from grgauge.policy import advise
-from grgauge.policy.advice import Watch, advice_of
+from grgauge.policy.advice import advice_of
+from grgauge.policy.watch import Watch
 
 READING = Reading(50, 32, 20.0, 4.0, 1.0, 0.58, 0.05, 30.0, 1.0, 1.0, 0, True)
 

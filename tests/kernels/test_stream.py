@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import grgauge_kernels as gk
-from grgauge_kernels import stream
 
 SHAPES = [(), (0,), (1,), (5,), (2, 3), (1, 3), (3, 1, 2), (2, 0, 4), (2, 3, 4, 5)]
 
@@ -31,16 +30,7 @@ def tensors() -> list[Tensor]:
     ]
 
 
-@pytest.fixture(params=["compiled", "python"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "python":
-        monkeypatch.setattr(stream, "_through_dlpack", lambda: None)
-    elif stream._through_dlpack() is None:
-        pytest.skip("no compiled library")
-    return str(request.param)
-
-
-def test_addresses_and_sizes_are_torchs(way: str) -> None:
+def test_addresses_and_sizes_are_torchs(lookup: str) -> None:
     ts = tensors()
     seen = gk.Stream(ts)
     assert all(map(operator.is_, seen, ts))
@@ -48,7 +38,7 @@ def test_addresses_and_sizes_are_torchs(way: str) -> None:
     assert list(seen.sizes) == [t.numel() for t in ts]
 
 
-def test_in_order_is_all_alike_and_row_major(way: str) -> None:
+def test_in_order_is_all_alike_and_row_major(lookup: str) -> None:
     for one, other in itertools.product(tensors(), repeat=2):
         alike = one.dtype == other.dtype and one.is_contiguous() and other.is_contiguous()
         assert gk.Stream([one, other]).in_order == alike, (one.shape, one.stride(), other.shape, other.stride())
@@ -67,7 +57,7 @@ def test_in_order_is_all_alike_and_row_major(way: str) -> None:
     ],
     ids=["elsewhere", "transposed", "half", "flat", "smaller", "with gaps"],
 )
-def test_what_has_other_memory_does_not_stand(way: str, moved: Tensor) -> None:
+def test_what_has_other_memory_does_not_stand(lookup: str, moved: Tensor) -> None:
     own = [torch.zeros(2), torch.zeros(4, 6)]
     seen = gk.Stream(own)
     assert seen.stands()
@@ -82,7 +72,7 @@ def test_what_has_other_memory_does_not_stand(way: str, moved: Tensor) -> None:
     "view", [lambda t: t.view(8, 3), lambda t: t.t(), lambda t: t.view(torch.int32), lambda t: t[:3]],
     ids=["shape", "strides", "dtype", "size"],
 )  # fmt: skip
-def test_the_same_address_is_not_enough(way: str, view) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_address_is_not_enough(lookup: str, view) -> None:  # type: ignore[no-untyped-def]
     """All but another shape of the same row-major elements, which a kernel does not see, is told apart."""
     own = torch.zeros(4, 6)
     seen = gk.Stream([own])
@@ -92,12 +82,12 @@ def test_the_same_address_is_not_enough(way: str, view) -> None:  # type: ignore
     assert seen.stands() == (other.is_contiguous() and other.dtype == torch.float32 and other.numel() == 24)
 
 
-def test_sparse_tensors_have_no_address(way: str) -> None:
+def test_sparse_tensors_have_no_address(lookup: str) -> None:
     with pytest.raises(RuntimeError):
         gk.Stream([torch.zeros(3).to_sparse()])
 
 
-def test_a_device_that_dlpack_does_not_know(way: str) -> None:
+def test_a_device_that_dlpack_does_not_know(lookup: str) -> None:
     """Python's own answer is taken: a tensor without memory has address 0."""
     seen = gk.Stream([torch.zeros(3, 2, device="meta")])
     assert (list(seen.addresses), list(seen.sizes), seen.in_order) == ([0], [6], True)

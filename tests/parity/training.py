@@ -46,9 +46,9 @@ def backward(net, t, expert=0):
     return loss
 
 
-def train(net, optimizer, steps, expert=lambda t: 0, start=0):
+def train(net, optimizer, steps, expert=lambda t: 0, start=0, clear=lambda optimizer, t: optimizer.zero_grad()):
     for t in range(start, start + steps):
-        optimizer.zero_grad()
+        clear(optimizer, t)
         backward(net, t, expert(t))
         optimizer.step()
 

@@ -238,7 +238,7 @@ def _demo(options: argparse.Namespace) -> int:
     import torch
 
     from ..policy import Target
-    from ..policy.advice import WINDOW
+    from ..policy.watch import WINDOW
     from . import demo, progress
 
     # The model is too small for several threads: they would mostly wait for each other, and for long on a busy machine.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..gauge import Gauge
 from ..optim import AdamW
 from ..policy import Target, advise
-from ..policy.advice import WINDOW
+from ..policy.watch import WINDOW
 from ..reading import Reading
 
 LEARNING_RATES = (1e-4, 2e-3, 3e-2)

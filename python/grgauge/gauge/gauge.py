@@ -14,7 +14,8 @@ from torch import Tensor
 from .._torch_compat import loss_scale, scaling_attempt
 from ..optim import AdamW, BucketSums, reciprocal, unwrapped
 from ..policy import Advice, Target
-from ..policy.advice import Watch, advice_of
+from ..policy.advice import advice_of
+from ..policy.watch import Watch
 from ..reading import Reading
 from .halves import _length as _length  # tuning imports them from here
 from .halves import _part as _part

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..optim import BucketSums, is_sharded
-from ..policy.advice import Watch
+from ..optim.learning_rates import highest_lr
+from ..policy.watch import Watch
 from ..reading import Reading
 from .micro_batches import Collected, MicroBatches
 from .segments import Table
@@ -193,17 +194,16 @@ class Windows:
                 comparable=self._comparable(),
                 ranks=ranks,
                 calls=calls,
-                lr=_highest_lr(self._optimizer) if read else None,
+                lr=_lr_on_host(self._optimizer) if read else None,
             )
         )
 
 
-def _highest_lr(optimizer: torch.optim.Optimizer) -> float | None:
-    """Of all groups; None where none has one, or where one is on a device, which would have to be waited for."""
-    lrs = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if not lrs or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs):
-        return None
-    return max(map(float, lrs))
+def _lr_on_host(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of all groups; None where one has none, or has it on a device, which would have to be waited for."""
+    lrs = [group.get("lr") for group in optimizer.param_groups]
+    waits = any(lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") for lr in lrs)
+    return None if waits else highest_lr(optimizer)
 
 
 def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from .._validation import require, require_count
 from ..gauge import Gauge
 from ..optim import unwrapped
+from ..optim.learning_rates import highest_lr, scale
 from ..policy import Target
 from ..reading import Reading
-from ..tuning.learning_rates import highest_lr, scale
 from .raw_gradients import RawGradients
 from .verdicts import Verdicts, values
 from .versions import require_version

@@ -24,9 +24,9 @@ from .._validation import require_count
 from ..gauge import Gauge
 from ..grades import GradES
 from ..optim import unwrapped
+from ..optim.learning_rates import highest_lr, scale
 from ..policy import Target
 from ..reading import Reading
-from ..tuning.learning_rates import highest_lr, scale
 from .raw_gradients import RawGradients
 from .verdicts import Verdicts, values
 from .versions import require_version

@@ -5,26 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from statistics import median
 from typing import Any, Literal
 
 from ..reading import Reading
 from .calibration import Calibration, Quantiles, calibration, spread
 from .target import Target
+from .watch import SPANS, WINDOW, Summary, Watch
 
 Direction = Literal["raise", "lower", "keep", "unknown"]
-
-WINDOW = (40, 60)
-"""Steps at a constant learning rate and batch whose readings count most: GR_T has settled, and does not yet climb."""
-
-SPANS = {"early": (15, 40), "window": (40, 75), "late": (75, 400)}
-"""Steps of readings, (first, last]; each span has a calibration of its own."""
-
-RISE = 1.01
-"""A learning rate that grows by more between two readings is warming up."""
-
-DROP = 1.5
-"""One that falls by more between two readings was changed by hand, or by a schedule of steps."""
 
 FAR = 0.301
 """log10 of the GR_T below which the distance has no upper end: gradients agree wholly, however low the rate is."""
@@ -32,14 +20,14 @@ FAR = 0.301
 BLIND = 0.95
 """GR_S above which noise hides from GR_T what the learning rate does."""
 
-EXPLODED = 1.5
-"""Times the first loss: beyond what noise and a cold optimizer do."""
-
 LEAST = math.log10(1.25)
 """A smaller correction is not worth making."""
 
 NEAR = math.log10(3.0)
 """A learning rate or batch that is off by less counts as right."""
+
+USUAL_GR_S_ERROR = 0.1
+"""Of GR_S, in the runs of the calibration."""
 
 STEP = 3.0
 """The largest factor to be taken before looking again."""
@@ -145,141 +133,6 @@ class Advice:
             low, high = values[name]["interval"]
             parts[name] = Correction(**{**values[name], "interval": (low, math.inf if high is None else high)})
         return cls(step=values["step"], **parts)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The readings that advice rests on, as one.
-
-    span   of `SPANS`
-    first, last   their steps
-    log_gr_t, log_gr_t_error   log10 of GR_T, in units of its finite-time factor, and its standard error; None without
-    gr_s, gr_s_error           of the newest that has one
-    lr     that they were read at, None if unknown
-    """
-
-    span: str
-    first: int
-    last: int
-    log_gr_t: float | None
-    log_gr_t_error: float
-    gr_s: float | None
-    gr_s_error: float
-    lr: float | None
-
-    @property
-    def gr_t(self) -> float | None:
-        return None if self.log_gr_t is None else float(10.0**self.log_gr_t)
-
-
-class Watch:
-    """Picks the readings that advice rests on: those around step 50 after learning rate and batch last changed.
-
-    A schedule that decays is no change; the learning rate is then judged by its peak.
-    """
-
-    _plain = ("start", "warming", "peak", "first_loss", "diverged", "_loss", "_lr")
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self, step: int = 0) -> None:
-        """A new run begins, or the gauge starts cold, after that step."""
-        self.newest: Reading | None = None
-        self.start = step
-        self.warming = False
-        self.peak: float | None = None
-        self.first_loss: float | None = None
-        self.diverged: float | None = None
-        self._kept: list[tuple[Reading, float | None]] = []
-        self._loss: float | None = None
-        self._lr: float | None = None
-
-    def observe(self, reading: Reading, lr: float | None = None) -> None:
-        """Take in a reading.
-
-        reading  newer than those before
-        lr       the learning rate that it was read at, None if unknown
-        """
-        before, self.newest = self.newest, replace(reading)  # without the per-segment table
-        risen = lr is not None and self._lr is not None and lr > RISE * self._lr
-        fallen = lr is not None and self._lr is not None and DROP * lr < self._lr
-        resized = before is not None and before.batch_size != reading.batch_size
-        self.warming = risen
-        if risen or fallen or resized:
-            self.start, self._kept, self.peak = reading.step, [], None
-        if lr is not None:
-            self._lr, self.peak = lr, max(lr, self.peak or 0.0)
-        age = reading.step - self.start
-        if SPANS["early"][0] < age <= SPANS["window"][1]:
-            self._kept.append((self.newest, lr))
-
-    def lost(self, loss: float) -> None:
-        """Take in a training loss. Two in a row far above the first one are an explosion, a single one may be noise."""
-        if self.first_loss is None and math.isfinite(loss):
-            self.first_loss = loss
-        first = loss if self.first_loss is None else self.first_loss
-        high = first + (EXPLODED - 1.0) * abs(first)
-        exploded = self._loss is not None and min(self._loss, loss) > high
-        self.diverged = loss if exploded or not math.isfinite(loss) else None
-        self._loss = loss if math.isfinite(loss) else None
-
-    def summary(self) -> Summary | None:
-        """None where there is nothing to rest on yet, or nothing any more."""
-        if self.newest is None:
-            return None
-        aged = [(reading.step - self.start, reading, lr) for reading, lr in self._kept]
-        low, high = WINDOW
-        chosen = [(reading, lr) for age, reading, lr in aged if low <= age <= high]
-        if not chosen and (late := [(reading, lr) for age, reading, lr in aged if age > high]):
-            chosen = late[:1]
-        if not chosen:
-            chosen = [(reading, lr) for _, reading, lr in aged[-3:]]
-        if not chosen:
-            return self.late()
-        middle = median(reading.step for reading, _ in chosen) - self.start
-        span = next(name for name, (_, last) in SPANS.items() if middle <= last)
-        return _summary(span, chosen)
-
-    def late(self) -> Summary | None:
-        """The newest reading by itself, if it is past the window and not too late."""
-        first, last = SPANS["late"]
-        if self.newest is None or not first < self.newest.step - self.start <= last:
-            return None
-        return _summary("late", [(self.newest, self._lr)])
-
-    def state_dict(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in self._plain}
-        newest = None if self.newest is None else self.newest.to_dict()
-        return {**plain, "newest": newest, "kept": [(reading.to_dict(), lr) for reading, lr in self._kept]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`."""
-        plain = {name: state[name] for name in self._plain}
-        newest = None if state["newest"] is None else Reading.from_dict(state["newest"])
-        kept = [(Reading.from_dict(values), lr) for values, lr in state["kept"]]
-        vars(self).update(plain, newest=newest, _kept=kept)
-
-
-def _summary(span: str, chosen: Sequence[tuple[Reading, float | None]]) -> Summary:
-    temporal = [
-        (math.log10(r.gr_t / r.finite_time_factor), (r.gr_t_error or 0.0) / r.gr_t / math.log(10.0))
-        for r, _ in chosen
-        if r.gr_t is not None and r.gr_t > 0.0 and r.finite_time_factor > 0.0
-    ]
-    spatial = [(r.gr_s, r.gr_s_error or 0.0) for r, _ in chosen if r.gr_s is not None]
-    gr_s, gr_s_error = spatial[-1] if spatial else (None, 0.0)
-    lrs = [lr for _, lr in chosen if lr is not None]
-    return Summary(
-        span=span,
-        first=chosen[0][0].step,
-        last=chosen[-1][0].step,
-        log_gr_t=median(value for value, _ in temporal) if temporal else None,
-        log_gr_t_error=median(error for _, error in temporal) if temporal else 0.0,
-        gr_s=gr_s,
-        gr_s_error=gr_s_error,
-        lr=median(lrs) if lrs else None,
-    )
 
 
 def advise(readings: Sequence[Reading], target: Target | None = None) -> Advice:
@@ -398,10 +251,6 @@ def _gr_s_ends(summary: Summary) -> tuple[float, float] | None:
         return None
     excess = max(summary.gr_s_error - USUAL_GR_S_ERROR, 0.0)
     return max(summary.gr_s - excess, 0.0), min(summary.gr_s + excess, 1.0)
-
-
-USUAL_GR_S_ERROR = 0.1
-"""Of GR_S, in the runs of the calibration."""
 
 
 def _nothing(watch: Watch) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .._validation import require_count
 from ..gauge import Gauge
+from ..optim.learning_rates import highest_lr, peak_lr
 from ..policy import Config, Continue, Decision, Policy, verdict
 from ..reading import Reading
-from .learning_rates import highest_lr, peak_lr
 from .ranks import World
 
 

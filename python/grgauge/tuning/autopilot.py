@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .._validation import require_count
 from ..invariance import Rule
+from ..optim.learning_rates import peak_lr
 from ..policy import Config, Continue, Policy, Retune, Stop
 from .advisor import figures
 from .checkpoints import deserialize, serialize
 from .data import Data
-from .learning_rates import peak_lr
 from .loop import Loop
 from .view import View
 

@@ -18,13 +18,13 @@ from torch.optim.swa_utils import AveragedModel
 from .._validation import require, require_count
 from ..gauge import Gauge
 from ..invariance import Rule, decay_after
+from ..optim.learning_rates import highest_lr, peak_lr, scale, scale_decay
 from ..policy import Config, Continue, Decision, Policy
 from ..reading import Reading
 from . import state as states
 from .averaging import average_of, copy_weights, tried
 from .data import Cuts, Data, Source, source
 from .errors import TrainingError
-from .learning_rates import highest_lr, peak_lr, scale, scale_decay
 from .ranks import World, no_sync
 
 GROUPS = 2

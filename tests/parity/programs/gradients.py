@@ -42,10 +42,7 @@ def gradients_are_none_after_zero_grad(make):
 def gradients_are_kept_as_zeros(make):
     net = Net()
     optimizer = make(net.parameters(), lr=1e-2)
-    for t in range(6):
-        optimizer.zero_grad(set_to_none=False)
-        backward(net, t, t % 2)
-        optimizer.step()
+    train(net, optimizer, 6, expert=lambda t: t % 2, clear=lambda own, t: own.zero_grad(set_to_none=False))
     return optimizer, list(net.parameters())
 
 
@@ -53,10 +50,13 @@ def gradients_are_kept_as_zeros(make):
 def both_ways_of_zero_grad_in_turn(make):
     net = Net()
     optimizer = make(net.parameters(), lr=1e-2)
-    for t in range(8):
-        optimizer.zero_grad(set_to_none=t % 3 == 0)
-        backward(net, t, t % 2)
-        optimizer.step()
+    train(
+        net,
+        optimizer,
+        8,
+        expert=lambda t: t % 2,
+        clear=lambda own, t: own.zero_grad(set_to_none=t % 3 == 0),
+    )
     return optimizer, list(net.parameters())
 
 
@@ -64,10 +64,7 @@ def both_ways_of_zero_grad_in_turn(make):
 def the_models_zero_grad(make):
     net = Net()
     optimizer = make(net.parameters(), lr=1e-2)
-    for t in range(6):
-        net.zero_grad(set_to_none=t % 2 == 0)
-        backward(net, t, t % 2)
-        optimizer.step()
+    train(net, optimizer, 6, expert=lambda t: t % 2, clear=lambda own, t: net.zero_grad(set_to_none=t % 2 == 0))
     return optimizer, list(net.parameters())
 
 

@@ -1,0 +1,94 @@
+"""The measured rules where a loss has stalled: lower or higher learning rates, on trial."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from policy.healthy import CONFIG, READING, watch
+
+from grgauge import Policy, Retune
+
+
+def stalled(loss_at, *, gr_t=34.0, gr_t_error=4.0, config=CONFIG, checks=400):
+    """Moves of a training on a loss that depends on nothing but the configuration; GR_T leaves its zone at step 60.
+
+    Untrained weights are at 2.0, of which a factor e goes every 5 steps; 1 % of noise from step to step.
+    """
+    policy, rng = Policy(), random.Random(0)
+    moves = []
+    policy.observe(None, config, loss=2.0)
+    for step in range(1, 5 * checks + 1):
+        reading = None
+        if step % 5 == 0:
+            high = {} if step <= 60 else {"gr_t": gr_t, "gr_t_error": gr_t_error}
+            reading = replace(READING, step=step, **high)
+        level = loss_at(config) + 2.0 * math.exp(-step / 5)
+        decision = policy.observe(reading, config, loss=level * (1.0 + 0.01 * rng.gauss(0.0, 1.0)))
+        if isinstance(decision, Retune):
+            moves.append(decision)
+            config = decision.config
+            if len(moves) == 4:
+                break
+    return moves
+
+
+def test_a_stall_under_a_gr_t_too_high_is_met_by_lower_learning_rates():
+    moves = stalled(lambda config: 0.5 + 500.0 * config.lr)
+    assert len(moves) >= 2
+    rates = [CONFIG.lr, *(move.config.lr for move in moves)]
+    assert all(after < before for before, after in pairwise(rates))
+    assert all(move.reuse and not move.rollback for move in moves)
+    assert moves[0].evidence.quantity == "GR_T"
+
+
+JUMPS = {"gr_t": 300.0, "gr_t_error": 300.0}
+"""A GR_T that is everywhere says nothing of the learning rate."""
+
+
+def test_where_gr_t_jumps_a_stall_is_met_by_higher_learning_rates():
+    """The same loss at every learning rate below 3.5e-3, and a lower one there."""
+    up, on, *_ = stalled(lambda config: 1.0 if config.lr < 3.5e-3 else 0.5, **JUMPS)
+    assert up.config == replace(CONFIG, lr=2.0 * CONFIG.lr)
+    assert on.config.lr == pytest.approx(4.0 * CONFIG.lr)
+    assert (up.evidence.rule, on.evidence.rule) == ("stall", "stall")
+    assert up.reuse
+
+
+def test_a_learning_rate_raised_against_a_stall_goes_back_where_the_loss_rises():
+    """5 % worse above 1.5e-3, never better: up, back, and not up again."""
+    up, back, *rest = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05, **JUMPS)
+    assert up.config.lr == 2.0 * CONFIG.lr
+    assert back.config.lr == CONFIG.lr
+    assert back.evidence.value > back.evidence.interval[1]
+    assert back.reuse
+    assert not back.rollback, "a small loss is no reason to throw samples away"
+    assert all(move.config.lr <= CONFIG.lr * 1.001 for move in rest)
+
+
+def test_a_loss_that_doubles_on_trial_goes_back_to_saved_weights():
+    up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 2.2, **JUMPS)
+    assert back.rollback
+    assert back.config.lr <= CONFIG.lr * 1.001
+    assert back.evidence.step - up.evidence.step <= 40
+
+
+def test_a_trial_ends_where_somebody_else_changes_the_configuration():
+    """A weight decay that follows the learning rate is no such change."""
+    for change, kept in ({"weight_decay": 0.005}, True), ({"lr": 5e-4}, False), ({"batch_size": 128}, False):
+        policy, losses = Policy(), [2.0, 1.5, *(1.0 + 0.001 * (-1) ** i for i in range(80))]
+        policy.observe(None, CONFIG, loss=2.3)
+        watch(policy, checks=12, losses=losses)
+        up = watch(policy, first=65, checks=60, losses=losses[12:], **JUMPS)
+        assert up.evidence.rule == "stall"
+        decision = watch(policy, replace(up.config, **change), checks=3, first=up.evidence.step + 5, losses=losses[2:])
+        assert (decision.reason == "a higher learning rate is on trial") == kept
+
+
+def test_nothing_moves_while_a_learning_rate_is_on_trial():
+    """Not before another tenth of all samples has been seen under it."""
+    up, back, *_ = stalled(lambda config: 1.0 if config.lr < 1.5e-3 else 1.05, **JUMPS)
+    assert back.evidence.step >= 1.1 * up.evidence.step
