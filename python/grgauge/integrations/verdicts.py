@@ -7,10 +7,8 @@ from typing import Literal
 
 from .._validation import require, require_count
 from ..policy import Target, verdict
+from ..policy.target import BLIND
 from ..reading import Reading
-
-BLIND = 0.95
-"""GR_S above which GR_T says nothing about the learning rate."""
 
 LARGEST_FACTOR = 4.0
 """What a learning rate may be multiplied by, or divided by, at once."""

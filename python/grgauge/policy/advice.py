@@ -9,16 +9,13 @@ from typing import Any, Literal
 
 from ..reading import Reading
 from .calibration import Calibration, Quantiles, calibration, spread
-from .target import Target
+from .target import BLIND, Target
 from .watch import SPANS, WINDOW, Summary, Watch
 
 Direction = Literal["raise", "lower", "keep", "unknown"]
 
 FAR = 0.301
 """log10 of the GR_T below which the distance has no upper end: gradients agree wholly, however low the rate is."""
-
-BLIND = 0.95
-"""GR_S above which noise hides from GR_T what the learning rate does."""
 
 LEAST = math.log10(1.25)
 """A smaller correction is not worth making."""

@@ -11,6 +11,7 @@ from statistics import fmean, median, variance
 from .._validation import require, require_count
 from ..reading import Reading
 from .decisions import Evidence
+from .target import BLIND
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Pruning:
     patience: int = 4
     zone: tuple[float, float] = (8.0, 40.0)
     far: tuple[float, float] = (2.0, 100.0)
-    blind: float = 0.95
+    blind: float = BLIND
 
     def __post_init__(self) -> None:
         require_count("warm_up", self.warm_up, 0)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from .._validation import require, require_count
 from .decisions import Config
-from .target import Target
+from .target import BLIND, Target
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Settings:
     gain: float = 2.0 / 3.0
     coupling: float = 0.5
     confidence: float = 0.9
-    blind: float = 0.95
+    blind: float = BLIND
     max_moves: int = 40
 
     def __post_init__(self) -> None:

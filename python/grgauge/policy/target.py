@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ..reading import Reading
 
+BLIND = 0.95
+"""GR_S above which noise hides from GR_T what the learning rate does."""
+
 
 @dataclass(frozen=True)
 class Target:
