@@ -306,14 +306,14 @@ class Twin:
     """
 
     def __init__(self):
-        self.m, self.ages = {}, {}
+        self.m, self.ages, self.v, self.steps = {}, {}, {}, {}
         self.layout = None
 
     def step(self, optimizer, layout):
-        if self.layout != layout:
-            self.layout, self.v, self.steps = layout, {}, {}
         norm = []
         trained = [(group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.layout != layout and any(p.numel() for _, p in trained):  # a step without gradients trains nothing
+            self.layout, self.v, self.steps = layout, {}, {}
         for group, p in trained:
             g = p.grad.double().flatten() * (-1.0 if group["maximize"] else 1.0)  # as the optimizer's moment has it
             square = float(g.square().sum())
