@@ -94,6 +94,22 @@ def test_a_beta_changed_under_way_is_noticed():
     assert any("betas[0] is now [0.85]" in note for note in gauge.reading().notes)
 
 
+def test_parameters_that_only_torch_updates_are_noticed_when_they_come():
+    params = [nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10, dtype=torch.float64))]
+    optimizer = AdamW(params[:1])
+    gauge = Gauge(optimizer, 32, every=1)
+
+    def gr_t():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return gauge.reading().gr_t
+
+    assert gr_t() == pytest.approx(1.0)
+    optimizer.add_param_group({"params": params[1:]})
+    assert gr_t() is None
+
+
 @EVERY_OPTIMIZER
 def test_some_gradients_missing(make):
     """A parameter that takes no part neither breaks the gauge nor tilts a constant gradient's reading."""
