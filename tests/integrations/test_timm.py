@@ -67,6 +67,15 @@ def test_an_optimizer_by_name_with_injected_arguments_trains_and_is_gauged():
     assert run(PROGRAM).startswith("Reading(step=10, batch_size=8, gr_t=")
 
 
+def test_a_torchvision_for_another_torch_is_named(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import grgauge.integrations.timm"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: grgauge.integrations.timm needs timm 1.0.12 or newer, with the torchvision")
+    assert "(operator torchvision::nms does not exist)" in last
+
+
 def test_the_example():
     printed = run(f"import runpy; runpy.run_path({str(EXAMPLE)!r})").splitlines()
     assert [line.split(":")[0] for line in printed] == [f"step {step}" for step in range(10, 51, 10)]
