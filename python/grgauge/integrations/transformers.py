@@ -38,7 +38,7 @@ except ImportError as error:
     raise ImportError(
         "grgauge.integrations.transformers needs transformers: pip install 'grgauge-kernels[transformers]'"
     ) from error
-require_version("transformers", transformers.__version__, (5,))
+require_version("transformers", transformers.__version__, (5, 10))
 
 
 class _Watching(TrainerCallback):
