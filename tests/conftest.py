@@ -17,7 +17,7 @@ MARKS = {
     "ranks": ("distributed/*", "*ranks*.py"),
     "engines": ("engines/*", "integrations/*"),
     "static": ("static/*",),
-    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report.py"),
+    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report*.py"),
     "pages": ("docs/*",),
     "device": ("device/*",),
 }
