@@ -70,3 +70,5 @@ def test_what_is_out_of_bounds_is_brought_inside_at_once():
     assert move.config == Config(1e-2, 50, 0.01)
     assert (move.evidence.rule, move.reason) == ("bounds", "configuration out of bounds")
     assert isinstance(policy.observe(None, move.config), Continue)
+    stuck = Policy.paper(lr_bounds=(1e-4, 1e-2), max_moves=0).observe(None, replace(CONFIG, lr=1.0))
+    assert (type(stuck), stuck.evidence.rule) == (Continue, "waiting")

@@ -106,7 +106,7 @@ class Pruning:
             return None
         first = max(p.loss for p in trial[: self.patience])  # a single one may be low by chance
         falling = self._falls(trial)
-        if not falling and len(trial) >= 2 * self.patience and all(p.loss > first for p in judged):
+        if not falling and all(p.loss > first for p in judged):
             return Evidence("diverged", step, "loss", newest.loss, (-math.inf, first))
         gr_t = [self._gr_t(p.reading) for p in judged]
         known = [value for value in gr_t if value is not None]
