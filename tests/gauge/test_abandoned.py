@@ -193,6 +193,7 @@ def second_step(loop, ops):
         ("b m b s m", "GR_S skipped a reading: gradients were changed between two micro-batches"),
         ("b m b m b", "GR_S skipped a reading: a backward came after the last micro_step()"),
         ("b m b m z", "GR_S skipped a reading: gradients were cleared after the last micro_step()"),
+        ("b m z", "GR_S skipped a reading: gradients were cleared after the last micro_step()"),
         ("b m b m n", "GR_S skipped a reading: gradients were cleared after the last micro_step()"),
         ("b m b m z b", "GR_S skipped a reading: gradients were cleared after the last micro_step()"),
     ],

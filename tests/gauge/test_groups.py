@@ -156,6 +156,17 @@ def test_unequal_micro_batches(make, sizes, weights):
     assert reading.gr_s == pytest.approx(gr_s, rel=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 5])
+def test_another_number_of_micro_batches_than_groups_is_said(groups):
+    reading = read(OPTIMIZERS["ours"], micro_batches([16] * 4), steps=2, groups=groups)
+    assert reading.gr_s is None
+    said = f"micro_step() was called 4 times in the step, not {groups}"
+    if groups == 1:
+        said = "groups is 1; it needs at least two micro-batches or ranks"
+    assert f"GR_S not available: {said}" in reading.notes
+    assert read(OPTIMIZERS["ours"], micro_batches([16] * 4), steps=2, groups=4).gr_s is not None
+
+
 def test_unequal_micro_batches_taken_for_equal_would_read_something_else():
     sizes = [8, 24, 32]
     _, gr_s = weighted_truth(sizes, sizes, BATCHES)
