@@ -173,12 +173,13 @@ def test_unequal_micro_batches_taken_for_equal_would_read_something_else():
     assert read(OPTIMIZERS["ours"], micro_batches(sizes, tell=False)).gr_s != pytest.approx(gr_s, rel=0.1)
 
 
-def test_sizes_for_some_micro_batches_only():
+@pytest.mark.parametrize("name", ["samples", "weight"])
+def test_sizes_for_some_micro_batches_only(name):
     def step(net, optimizer, gauge, t):
         optimizer.zero_grad()
         for k in range(2):
             (mse(net, batch(t, k, 2)) / 2).backward()
-            gauge.micro_step(samples=32 if k == 0 else None)
+            gauge.micro_step(**({name: 32} if k == 0 else {}))
         optimizer.step()
 
     reading = read(OPTIMIZERS["ours"], step, steps=3)
