@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Where there is no GPU, Triton kernels run in Triton's interpreter, which must be told before triton is imported. Tests are
-# small there: one thread does, here and in the processes that they start. A second one would mostly spin.
+# Where there is no GPU, Triton kernels run in Triton's interpreter, which must be told before triton is imported. Tests
+# are small there: one thread does, here and in the processes that they start. A second one would mostly spin.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
