@@ -119,6 +119,18 @@ def test_parameters_that_join_start_the_gauge_anew():
     assert len(gauge.reading().segments) == 5
 
 
+def test_each_moment_is_corrected_by_its_own_age():
+    """Where all gradients agree, m is the gradient itself, however young: GR_T is 1."""
+    old, young = (nn.Parameter(torch.zeros(7)) for _ in range(2))
+    optimizer = AdamW([old], lr=0.0)
+    gauge = Gauge(optimizer, 8, every=1)
+    drive(optimizer, [old], lambda t: [torch.ones(7)], 5, gauge)
+    optimizer.add_param_group({"params": [young]})
+    reading = drive(optimizer, [old, young], lambda t: [torch.ones(7)] * 2, 2, gauge)
+    assert len(reading.segments) == 2
+    assert reading.gr_t == pytest.approx(1.0, rel=1e-5)
+
+
 def test_sparse_gradients_end_the_step_before_it_starts():
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = torch.optim.SparseAdam(table.parameters())
