@@ -70,6 +70,15 @@ def test_far_apart_readings_keep_little_and_say_the_same(make):
     assert run.gauge.reading().step == 900
 
 
+def test_readings_that_nobody_asks_for_are_made_before_they_are_many():
+    run = Run(OPTIMIZERS["SGD"])
+    for _ in range(100):
+        run.step()
+    assert len(run.gauge._windows._in_flight) <= 20
+    assert run.gauge._windows.newest is not None
+    assert run.gauge.reading().step == 100
+
+
 def test_nonfinite_elements_are_counted_over_all_steps_since_the_last_reading():
     run = Run(OPTIMIZERS["SGD"], every=200)
     for t in range(200):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from grgauge import Gauge
+from grgauge import AdamW, Gauge
 from grgauge.estimators import two_batch
 
 WORDS, WIDTH, STEPS, BATCH = 3000, 32, 60, 16
@@ -153,9 +154,10 @@ def test_state_of_other_parameters_leaves_a_sampled_gauge_as_it_was():
     assert gauge.reading() == twin.reading()
 
 
-def test_the_sample_costs_its_own_size_in_memory():
+@pytest.mark.parametrize("make", [torch.optim.SGD, functools.partial(AdamW, max_grad_norm=1.0)], ids=["SGD", "ours"])
+def test_the_sample_costs_its_own_size_in_memory(make):
     model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = make(model.parameters(), lr=0.1)
     gauge = Gauge(optimizer, BATCH, sample=10_000)
     train(model, [gauge], optimizer, 1)
     assert gauge.state_dict()["source"]["emas"][0].numel() < 12_000
