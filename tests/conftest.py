@@ -1,4 +1,5 @@
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ if not torch.cuda.is_available():
 
 from grgauge_kernels import stream
 from grgauge_kernels.backends import cpu
+
+with suppress(ImportError):  # pytest may be all that a machine with a GPU has
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # a machine that others use too may pause for a second
+    settings.load_profile("no deadline")
 
 TESTS = Path(__file__).parent
 

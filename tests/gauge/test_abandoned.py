@@ -92,7 +92,7 @@ class Loop:
 
 
 @EVERY_OPTIMIZER
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ops=st.lists(st.sampled_from(["backward", "micro", "micro", "batch", "none", "zero", "scale", "step"]), max_size=40)
 )
