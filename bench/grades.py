@@ -147,11 +147,12 @@ def texts(scenario: Scenario) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batches(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:
-    """Random windows, int64 [batch, context], without end."""
+    """Windows of the text, int64 [batch, context], each once an epoch in an order of its own, without end."""
     generator = torch.Generator().manual_seed(seed)
+    windows = text[: len(text) // size.context * size.context].view(-1, size.context)
     while True:
-        starts = torch.randint(len(text) - size.context, (size.batch,), generator=generator)
-        yield torch.stack([text[i : i + size.context] for i in starts.tolist()])
+        order = torch.randperm(len(windows), generator=generator)
+        yield from (windows[i] for i in order[: len(order) // size.batch * size.batch].view(-1, size.batch))
 
 
 def untrained(size: Size) -> nn.Module:
