@@ -247,7 +247,7 @@ class GaugeCallback(_Watching):
 
 
 class GradESCallback(_Watching):
-    """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when enough matrices are frozen.
+    """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when all matrices are frozen.
 
     options   as for `grgauge.GradES`; `total_steps` are the Trainer's. metric="signal" needs nothing else; the paper's
               metrics need `tau`
