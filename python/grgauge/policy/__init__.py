@@ -9,7 +9,7 @@ RuleSet                    what a policy of one's own must have
 """
 
 from .advice import Advice, Correction, advise, verdict
-from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
+from .decisions import Config, Continue, Decision, Evidence, Probe, Retune, Stop
 from .policy import Policy
 from .protocol import RuleSet
 from .pruning import Progress, Pruning
@@ -24,6 +24,7 @@ __all__ = [
     "Decision",
     "Evidence",
     "Policy",
+    "Probe",
     "Progress",
     "Pruning",
     "Retune",

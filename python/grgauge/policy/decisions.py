@@ -103,4 +103,22 @@ class Stop:
         return f"stop: {self.reason} ({self.evidence})"
 
 
-Decision = Continue | Retune | Stop
+@dataclass(frozen=True)
+class Probe:
+    """Train at each of these configurations in turn, from the weights at hand and on the same batches, and give
+    `Policy.judge` the losses of their averaged weights on the batches that follow.
+
+    configs  the present one, and another
+    samples  to train on at each
+    """
+
+    configs: tuple[Config, ...]
+    samples: int
+    reason: str
+    evidence: Evidence
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.evidence})"
+
+
+Decision = Continue | Retune | Stop | Probe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._validation import require
@@ -11,10 +11,11 @@ from ..reading import Reading
 from .decisions import Config, Decision
 from .measured import Measured
 from .protocol import RuleSet
+from .probing import Probing
 from .published import Published
 from .settings import Settings
 
-RULE_SETS: dict[str, Callable[[Settings], RuleSet]] = {"measured": Measured, "published": Published}
+RULE_SETS: dict[str, Callable[[Settings], RuleSet]] = {"measured": Probing, "old": Measured, "published": Published}
 
 
 class Policy(Settings):
@@ -114,6 +115,14 @@ class Policy(Settings):
         require(samples is None or 0.0 <= samples < math.inf, "samples", samples, "None or finite and at least 0")
         require(0.0 <= lr_factor < math.inf, "lr_factor", lr_factor, "finite and at least 0")
         return self._rules.observe(reading, config, loss=loss, samples=samples, lr_factor=lr_factor)
+
+    def judge(self, losses: Sequence[Sequence[float]]) -> Decision:
+        """What a `Probe` has shown.
+
+        Args:
+            losses: Of the averaged weights of each of its configurations, on the same batches.
+        """
+        return self._rules.judge(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on but the arguments of `Policy`, as plain values ready for JSON."""

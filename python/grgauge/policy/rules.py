@@ -98,5 +98,21 @@ class Rules:
     trial_errors: float = 2.0  # standard errors of a loss that is worse than before, ...
     trial_worse: float = 0.01  # ... and share of it
 
+    # probes
+    probe_steps: int = 60  # of each, at least, and before one
+    probe_share: float = 0.15
+    probe_factor: float = 3.0
+    probe_least: float = 1.3
+    probe_up_margin: float = 0.0
+    probe_up_errors: float = 1.0
+    probe_eval: int = 8
+    probe_eval_least: int = 4
+    probe_down_margin: float = 0.07
+    probe_again: float = 1.3
+    probe_later: float = 3.0
+    young_steps: int = 150
+    young_batch: int = 32
+    gauged_steps: int = 400
+
 
 RULES = Rules()

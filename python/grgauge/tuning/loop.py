@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,10 +19,11 @@ from .._validation import require, require_count
 from ..gauge import Gauge
 from ..invariance import Rule, decay_after
 from ..optim.learning_rates import highest_lr, peak_lr, scale, scale_decay
-from ..policy import Config, Continue, Decision, Policy
+from ..policy import Config, Continue, Decision, Policy, Probe, Retune
 from ..reading import Reading
 from . import state as states
 from .averaging import average_of, copy_weights, tried
+from .checkpoints import deserialize, serialize
 from .data import Cuts, Data, Source, source
 from .errors import TrainingError
 from .ranks import World, no_sync
@@ -62,6 +63,7 @@ class Loop:
     _late: Reading | None  # of a saved state, and not yet observed: an attached gauge's reading comes one step late
     _stale: Reading | None  # of the configuration before
     _average: AveragedModel | None  # None of a sharded model, which cannot be copied
+    _begun: bytes | None  # the state that a probe began with, while it goes on
     _tried: list[float] | None  # losses of a trial of weights: while it goes on nothing is updated
 
     def __init__(
@@ -101,7 +103,7 @@ class Loop:
         self._others, self._open, self._set = (), None, None
         self._late = self._stale = self._sum = self._kept = None
         self._lr_factor, self._unsettled = 1.0, False
-        self._average = self._tried = None
+        self._average = self._tried = self._begun = None
 
     # --- what is trained ----------------------------------------------------------------------------------------------
 
@@ -187,14 +189,83 @@ class Loop:
             raise TrainingError("call trial.watch(model, optimizer) before the loop over trial.batches()")
         return source(data, self.seed, self.world.rank, self.world.size)
 
-    def batches(self, data: Source, over: Callable[[], bool], after: Callable[[], None]) -> Iterator[Any]:
+    def batches(
+        self,
+        data: Source,
+        over: Callable[[], bool],
+        after: Callable[[], Probe | None],
+        act: Callable[[Decision, int], None],
+    ) -> Iterator[Any]:
         """Micro-batches, until it is `over`. `after` is called after each step: when the next batch is asked for, so
         that the user's scheduler has been there."""
         self._drop_half_a_step()
+        if self._begun is not None:  # left in the middle of a probe, which is dropped
+            self.restore(deserialize(self._begun))
+            self._begun = None
         self.settle(after)
         while not over():
             yield from self._micro_batches(data)
-            self.settle(after)
+            probe = self.settle(after)
+            if probe is not None:
+                decision = yield from self._probed(data, probe)
+                act(decision, len(probe.configs) * self._count(probe) * probe.configs[0].batch_size)
+
+    def _count(self, probe: Probe) -> int:
+        """Batches that the averages of a probe are compared on."""
+        from ..policy.rules import RULES
+
+        return max(RULES.probe_eval_least, probe.samples // (RULES.probe_eval * probe.configs[0].batch_size))
+
+    def cost(self, probe: Probe) -> int:
+        """Samples."""
+        return len(probe.configs) * (probe.samples + self._count(probe) * probe.configs[0].batch_size)
+
+    def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
+        """What a probe says to do; the weights are then those of the configuration that it chooses."""
+        assert self.averaged is not None
+        losses: list[list[float]] = []
+        ends: list[bytes] = []
+        self._begun = serialize(self._state())
+        for config in probe.configs:
+            if losses:
+                self.restore(deserialize(self._begun))
+            if config != self.config:
+                self.configure(config)
+            stop = self.samples + probe.samples
+            while self.samples < stop and math.isfinite(self.loss):
+                yield from self._micro_batches(data)
+                self._unsettled = False
+                self._guard()
+            ends.append(serialize(self._state()))
+            state = states.random_state()
+            states.set_random_state(deserialize(self._begun)["random"])
+            losses.append((yield from self._losses_of(self.averaged, data, self._count(probe))))
+            states.set_random_state(state)
+        decision: Decision | None = self.policy.judge(losses) if self.world.rank == 0 else None
+        decision = self.world.broadcast(decision)
+        assert decision is not None
+        chosen = probe.configs.index(decision.config) if isinstance(decision, Retune) and decision.reuse else 0
+        self.restore(deserialize(ends[chosen]))
+        self._begun = None
+        return decision
+
+    def _losses_of(self, average: nn.Module | None, data: Source, count: int) -> Generator[Any, None, list[float]]:
+        """Of `count` batches, without updates, with the weights at hand or with those of an average."""
+        assert self.model is not None
+        losses: list[float] = []
+        cuts = Cuts(self.part_size, self.micro_batch, count + 1, 1)
+        with tried(self.module, average), no_sync(self.model):
+            for i in range(count):
+                self._tried = []
+                for size, batch in data.draw(self.samples + i * self.config.batch_size, i + 1, cuts):
+                    self._open = (size, False)
+                    yield batch
+                    self._require_step()
+                losses.append(
+                    self.world.mean(torch.tensor(sum(self._tried), dtype=torch.float64, device=self._device))
+                )
+        self._tried = None
+        return losses
 
     def _micro_batches(self, data: Source) -> Iterator[Any]:
         """Those of one step. Only with the last of them are gradients reduced over ranks."""
@@ -218,23 +289,11 @@ class Loop:
     def compare_average(self, data: Source, count: int, taken: list[float]) -> Iterator[Any]:
         """`count` batches twice, without updates: for the weights at hand and for their average, whose losses go to
         `taken`. The random draws of a model are the same for both."""
-        assert self.model is not None
-        assert self.averaged is not None
-        cuts = Cuts(self.part_size, self.micro_batch, count + 1, 1)
         state, self.updating = states.random_state(), True  # weights are exchanged: an error goes back to a checkpoint
         for average in (None, self.averaged):
             states.set_random_state(state)
-            self._tried = []
-            with tried(self.module, average), no_sync(self.model):
-                for i in range(count):
-                    for size, batch in data.draw(self.samples + i * self.config.batch_size, i + 1, cuts):
-                        self._open = (size, False)
-                        yield batch
-                        self._require_step()
-            taken.append(
-                self.world.mean(torch.tensor(sum(self._tried) / count, dtype=torch.float64, device=self._device))
-            )
-            self._tried = None
+            losses = yield from self._losses_of(average, data, count)
+            taken.append(sum(losses) / count)
         self.updating = False
 
     def take_average(self) -> None:
@@ -280,13 +339,18 @@ class Loop:
         self._unsettled = True
         return True
 
-    def settle(self, after: Callable[[], None]) -> None:
+    def settle(self, after: Callable[[], Probe | None]) -> Probe | None:
         """What follows the newest step, unless it has been done: also where the user's loop was left by `break`."""
         if not self._unsettled:
-            return
+            return None
         self._unsettled = False
         self._guard()
-        after()
+        return after()
+
+    @property
+    def probing(self) -> bool:
+        """True while configurations are compared: the weights at hand are then on trial."""
+        return self._begun is not None
 
     @property
     def part_size(self) -> int:
@@ -381,7 +445,11 @@ class Loop:
     # --- its state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that training depends on, between two steps; of a sharded model, what this rank holds. For all ranks."""
+        """All that training depends on, between two steps; of a sharded model, what this rank holds. For all ranks.
+        That of the weights on trial is not."""
+        return self._state() if self._begun is None else deserialize(self._begun)
+
+    def _state(self) -> dict[str, Any]:
         assert self.gauge is not None
         gauge, newest = self.gauge.state_dict(), self._newest
         return {

@@ -66,6 +66,11 @@ class View:
         return self._loop.averaged
 
     @property
+    def probing(self) -> bool:
+        """True while configurations are compared: the weights at hand are then on trial."""
+        return self._loop.probing
+
+    @property
     def micro_batch(self) -> int | None:
         """Samples that one backward pass on one rank may take; None: all of its part of the batch."""
         return self._loop.micro_batch
