@@ -108,14 +108,16 @@ class Probe:
     """Train at each of these configurations in turn, from the weights at hand and on the same batches, and give
     `Policy.judge` the losses of their averaged weights on the batches that follow.
 
-    configs  the present one, and another
-    samples  to train on at each
+    configs    the present one, and another
+    samples    to train on at each
+    untrained  the other begins with untrained weights, and is trained until it has had as many samples as those at hand
     """
 
     configs: tuple[Config, ...]
     samples: int
     reason: str
     evidence: Evidence
+    untrained: bool = False
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.evidence})"

@@ -47,6 +47,7 @@ class State:
     upward: bool = True  # the next probe's direction
     next_probe: float = 0.0  # samples
     refused: int = 0
+    fresh: int = 0
     probed: list[Config] = field(default_factory=list)
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     saved: SavedWeights | None = None
@@ -100,31 +101,39 @@ class Probing:
             or Continue("nothing to change", Evidence("steady", course.step))
         )
 
-    def judge(self, losses: Sequence[Sequence[float]]) -> Decision:
+    def judge(self, before: Sequence[float], losses: Sequence[Sequence[float]]) -> Decision:
         s, (here, there) = self._state, self._state.probed
         first, second = losses
-        up = there.lr > here.lr
-        differences = [b - a for a, b in zip(first, second, strict=False)]
-        level, mean = fmean(first), fmean(differences)
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-        margin = (
-            RULES.probe_up_errors * error + RULES.probe_up_margin * abs(level)
-            if up
-            else error + RULES.probe_down_margin * abs(level)
+        up, samples = there.lr > here.lr, s.course.samples
+        differences = [b - a for a, b in zip(first, second, strict=True)]
+        level, mean, progress = fmean(first), fmean(differences), max(fmean(before) - fmean(first), 0.0)
+        error = stdev(differences) / math.sqrt(len(differences))
+        margin = RULES.probe_share_of_progress * progress + error
+        most = level + margin if up else level - margin - RULES.probe_down_margin * abs(level)
+        evidence = self._evidence("probe", "loss", level + mean, None)
+        words = (
+            f"lr {there.lr:.2e} has loss {level + mean:.4g} where {here.lr:.2e} has {level:.4g}, from {fmean(before):.4g}"
         )
-        evidence = self._evidence("probe", "loss", level + mean, (level - margin, level + margin))
-        words = f"lr {there.lr:.2e} has loss {level + mean:.4g} where {here.lr:.2e} has {level:.4g}"
-        samples = s.course.samples
-        if not math.isfinite(level):
-            mean, margin = (-math.inf, 0.0) if not up and math.isfinite(fmean(second)) else (math.inf, 0.0)
-        if mean < -margin:
+        if up and progress < error:
+            most = level - error
+        if s.fresh == 1:
+            s.fresh = 2
+            if level + mean < most or not math.isfinite(level):
+                self._cap(here.lr)
+                decision = self._book(there.lr, there.batch_size, f"begun anew, {words}", evidence)
+                s.hurt, s.refused = False, 0
+                s.next_probe = samples
+                return decision
+        elif level + mean < most or (not up and not math.isfinite(level)):
             decision = self._move(there.lr, there.batch_size, f"compared on the same batches, {words}", evidence)
             s.next_probe, s.refused = samples, 0
             return decision
-        if up and mean > abs(level):
+        if up and not mean <= abs(level):
             self._cap(RULES.failed * there.lr)
         s.refused += 1
         s.next_probe = (RULES.probe_again if s.refused == 1 else RULES.probe_later) * samples
+        if up and not s.climbed and not s.fresh and progress < error + 0.02 * abs(level) and s.steps < RULES.gauged_steps:
+            s.fresh, s.next_probe = 1, samples
         s.upward = not s.upward
         return Continue(f"compared on the same batches, {words}", evidence, notable=True)
 
@@ -142,6 +151,11 @@ class Probing:
             return None
         if s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak:
             return None
+        if s.fresh == 1:
+            to = self._settings.fit(old, old.lr / 10.0, old.batch_size)
+            s.probed = [old, to]
+            evidence = self._evidence("probe", "", None)
+            return Probe((old, to), 20 * old.batch_size, "compare with a new beginning", evidence, untrained=True)
         factor = RULES.probe_factor if self._learned() or s.hurt else RULES.probe_factor**2
         for upward in (s.upward, not s.upward):
             s.upward = upward

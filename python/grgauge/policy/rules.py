@@ -107,7 +107,8 @@ class Rules:
     probe_up_errors: float = 1.0
     probe_eval: int = 8
     probe_eval_least: int = 4
-    probe_down_margin: float = 0.07
+    probe_down_margin: float = 0.03
+    probe_share_of_progress: float = 0.5
     probe_again: float = 1.3
     probe_later: float = 3.0
     young_steps: int = 150

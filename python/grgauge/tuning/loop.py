@@ -138,6 +138,8 @@ class Loop:
                 "one above 0 in the groups that are to decay"
             )
 
+        self._untrained = serialize(self._state())
+
     def _keep_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """While micro-batches accumulate the optimizer's zero_grad does nothing: every tutorial's loop has it."""
         clear = type(optimizer).zero_grad
@@ -208,7 +210,7 @@ class Loop:
             probe = self.settle(after)
             if probe is not None:
                 decision = yield from self._probed(data, probe)
-                act(decision, len(probe.configs) * self._count(probe) * probe.configs[0].batch_size)
+                act(decision, (1 + len(probe.configs)) * self._count(probe) * probe.configs[0].batch_size)
 
     def _count(self, probe: Probe) -> int:
         """Batches that the averages of a probe are compared on."""
@@ -218,7 +220,9 @@ class Loop:
 
     def cost(self, probe: Probe) -> int:
         """Samples."""
-        return len(probe.configs) * (probe.samples + self._count(probe) * probe.configs[0].batch_size)
+        arms = len(probe.configs)
+        again = self.samples if probe.untrained else 0
+        return arms * probe.samples + again + (arms + 1) * self._count(probe) * probe.configs[0].batch_size
 
     def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
         """What a probe says to do; the weights are then those of the configuration that it chooses."""
@@ -226,12 +230,14 @@ class Loop:
         losses: list[list[float]] = []
         ends: list[bytes] = []
         self._begun = serialize(self._state())
+        stop, count = self.samples + probe.samples, self._count(probe)
+        before = yield from self._losses_of(self.averaged, data, count, stop)
+        self.restore(deserialize(self._begun))
         for config in probe.configs:
             if losses:
-                self.restore(deserialize(self._begun))
+                self.restore(deserialize(self._untrained if probe.untrained else self._begun))
             if config != self.config:
                 self.configure(config)
-            stop = self.samples + probe.samples
             while self.samples < stop and math.isfinite(self.loss):
                 yield from self._micro_batches(data)
                 self._unsettled = False
@@ -239,9 +245,9 @@ class Loop:
             ends.append(serialize(self._state()))
             state = states.random_state()
             states.set_random_state(deserialize(self._begun)["random"])
-            losses.append((yield from self._losses_of(self.averaged, data, self._count(probe))))
+            losses.append((yield from self._losses_of(self.averaged, data, count, stop)))
             states.set_random_state(state)
-        decision: Decision | None = self.policy.judge(losses) if self.world.rank == 0 else None
+        decision: Decision | None = self.policy.judge(before, losses) if self.world.rank == 0 else None
         decision = self.world.broadcast(decision)
         assert decision is not None
         chosen = probe.configs.index(decision.config) if isinstance(decision, Retune) and decision.reuse else 0
@@ -249,15 +255,15 @@ class Loop:
         self._begun = None
         return decision
 
-    def _losses_of(self, average: nn.Module | None, data: Source, count: int) -> Generator[Any, None, list[float]]:
-        """Of `count` batches, without updates, with the weights at hand or with those of an average."""
+    def _losses_of(self, average: nn.Module | None, data: Source, count: int, at: int) -> Generator[Any, None, list[float]]:
+        """Of `count` batches from that place of the data on, without updates, with the weights at hand or with those of an average."""
         assert self.model is not None
         losses: list[float] = []
         cuts = Cuts(self.part_size, self.micro_batch, count + 1, 1)
         with tried(self.module, average), no_sync(self.model):
             for i in range(count):
                 self._tried = []
-                for size, batch in data.draw(self.samples + i * self.config.batch_size, i + 1, cuts):
+                for size, batch in data.draw(at + i * self.config.batch_size, i + 1, cuts):
                     self._open = (size, False)
                     yield batch
                     self._require_step()
@@ -292,7 +298,7 @@ class Loop:
         state, self.updating = states.random_state(), True  # weights are exchanged: an error goes back to a checkpoint
         for average in (None, self.averaged):
             states.set_random_state(state)
-            losses = yield from self._losses_of(average, data, count)
+            losses = yield from self._losses_of(average, data, count, self.samples)
             taken.append(sum(losses) / count)
         self.updating = False
 
