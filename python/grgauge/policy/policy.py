@@ -116,13 +116,13 @@ class Policy(Settings):
         require(0.0 <= lr_factor < math.inf, "lr_factor", lr_factor, "finite and at least 0")
         return self._rules.observe(reading, config, loss=loss, samples=samples, lr_factor=lr_factor)
 
-    def judge(self, before: Sequence[float], losses: Sequence[Sequence[float]]) -> Decision:
+    def judge(self, losses: Sequence[Sequence[float]]) -> Decision:
         """What a `Probe` has shown.
 
         Args:
             losses: Of the averaged weights of each of its configurations, on the same batches.
         """
-        return self._rules.judge(before, losses)
+        return self._rules.judge(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on but the arguments of `Policy`, as plain values ready for JSON."""

@@ -48,6 +48,7 @@ class State:
     next_probe: float = 0.0  # samples
     refused: int = 0
     fresh: int = 0
+    level: float | None = None  # the loss at the newest probe that changed nothing
     probed: list[Config] = field(default_factory=list)
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     saved: SavedWeights | None = None
@@ -101,21 +102,16 @@ class Probing:
             or Continue("nothing to change", Evidence("steady", course.step))
         )
 
-    def judge(self, before: Sequence[float], losses: Sequence[Sequence[float]]) -> Decision:
+    def judge(self, losses: Sequence[Sequence[float]]) -> Decision:
         s, (here, there) = self._state, self._state.probed
         first, second = losses
         up, samples = there.lr > here.lr, s.course.samples
         differences = [b - a for a, b in zip(first, second, strict=True)]
-        level, mean, progress = fmean(first), fmean(differences), max(fmean(before) - fmean(first), 0.0)
+        level, mean = fmean(first), fmean(differences)
         error = stdev(differences) / math.sqrt(len(differences))
-        margin = RULES.probe_share_of_progress * progress + error
-        most = level + margin if up else level - margin - RULES.probe_down_margin * abs(level)
+        most = level + RULES.probe_up_margin * abs(level) + RULES.probe_up_errors * error if up else level - error - RULES.probe_down_margin * abs(level)
         evidence = self._evidence("probe", "loss", level + mean, None)
-        words = (
-            f"lr {there.lr:.2e} has loss {level + mean:.4g} where {here.lr:.2e} has {level:.4g}, from {fmean(before):.4g}"
-        )
-        if up and progress < error:
-            most = level - error
+        words = f"lr {there.lr:.2e} has loss {level + mean:.4g} where {here.lr:.2e} has {level:.4g}"
         if s.fresh == 1:
             s.fresh = 2
             if level + mean < most or not math.isfinite(level):
@@ -132,9 +128,9 @@ class Probing:
             self._cap(RULES.failed * there.lr)
         s.refused += 1
         s.next_probe = (RULES.probe_again if s.refused == 1 else RULES.probe_later) * samples
-        if up and not s.climbed and not s.fresh and progress < error + 0.02 * abs(level) and s.steps < RULES.gauged_steps:
+        if not up and not s.climbed and not s.fresh and s.steps < RULES.gauged_steps and s.level is not None and s.level - level < 0.04 * abs(level):
             s.fresh, s.next_probe = 1, samples
-        s.upward = not s.upward
+        s.upward, s.level = not s.upward, level
         return Continue(f"compared on the same batches, {words}", evidence, notable=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,11 +255,11 @@ class Probing:
         if len(s.recent) < RULES.least_readings or trending or course.age < patience:
             return Continue("below the zone, waiting", evidence)
         factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
-        lr = self._below(old_lr := course.now.lr * factor, course.now.batch_size)
+        lr = self._below(course.now.lr * factor, course.now.batch_size)
         if lr < RULES.least_raise * course.now.lr:
             return None
-        del old_lr
-        return self._move(lr, course.now.batch_size, "the learning rate is too low", evidence)
+        batch = min(course.now.batch_size, RULES.young_batch) if s.steps < RULES.young_steps else course.now.batch_size
+        return self._move(lr, batch, "the learning rate is too low", evidence)
 
     # --- moves --------------------------------------------------------------------------------------------------------
 

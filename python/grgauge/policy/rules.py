@@ -104,10 +104,10 @@ class Rules:
     probe_factor: float = 3.0
     probe_least: float = 1.3
     probe_up_margin: float = 0.0
-    probe_up_errors: float = 1.0
+    probe_up_errors: float = 0.0
     probe_eval: int = 8
     probe_eval_least: int = 4
-    probe_down_margin: float = 0.03
+    probe_down_margin: float = 0.07
     probe_share_of_progress: float = 0.5
     probe_again: float = 1.3
     probe_later: float = 3.0

@@ -210,7 +210,7 @@ class Loop:
             probe = self.settle(after)
             if probe is not None:
                 decision = yield from self._probed(data, probe)
-                act(decision, (1 + len(probe.configs)) * self._count(probe) * probe.configs[0].batch_size)
+                act(decision, len(probe.configs) * self._count(probe) * probe.configs[0].batch_size)
 
     def _count(self, probe: Probe) -> int:
         """Batches that the averages of a probe are compared on."""
@@ -222,7 +222,7 @@ class Loop:
         """Samples."""
         arms = len(probe.configs)
         again = self.samples if probe.untrained else 0
-        return arms * probe.samples + again + (arms + 1) * self._count(probe) * probe.configs[0].batch_size
+        return arms * probe.samples + again + arms * self._count(probe) * probe.configs[0].batch_size
 
     def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
         """What a probe says to do; the weights are then those of the configuration that it chooses."""
@@ -231,14 +231,13 @@ class Loop:
         ends: list[bytes] = []
         self._begun = serialize(self._state())
         stop, count = self.samples + probe.samples, self._count(probe)
-        before = yield from self._losses_of(self.averaged, data, count, stop)
-        self.restore(deserialize(self._begun))
         for config in probe.configs:
             if losses:
                 self.restore(deserialize(self._untrained if probe.untrained else self._begun))
             if config != self.config:
                 self.configure(config)
-            while self.samples < stop and math.isfinite(self.loss):
+            begun = self.samples
+            while self.samples < stop and (self.samples == begun or math.isfinite(self.loss)):
                 yield from self._micro_batches(data)
                 self._unsettled = False
                 self._guard()
@@ -247,7 +246,7 @@ class Loop:
             states.set_random_state(deserialize(self._begun)["random"])
             losses.append((yield from self._losses_of(self.averaged, data, count, stop)))
             states.set_random_state(state)
-        decision: Decision | None = self.policy.judge(before, losses) if self.world.rank == 0 else None
+        decision: Decision | None = self.policy.judge(losses) if self.world.rank == 0 else None
         decision = self.world.broadcast(decision)
         assert decision is not None
         chosen = probe.configs.index(decision.config) if isinstance(decision, Retune) and decision.reuse else 0
