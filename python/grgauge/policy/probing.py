@@ -258,7 +258,7 @@ class Probing:
         lr = self._below(course.now.lr * factor, course.now.batch_size)
         if lr < RULES.least_raise * course.now.lr:
             return None
-        batch = min(course.now.batch_size, RULES.young_batch) if s.steps < RULES.young_steps else course.now.batch_size
+        batch = min(course.now.batch_size, 32) if s.steps < RULES.young_steps else course.now.batch_size
         return self._move(lr, batch, "the learning rate is too low", evidence)
 
     # --- moves --------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class Rules:
     probe_again: float = 1.3
     probe_later: float = 3.0
     young_steps: int = 150
-    young_batch: int = 32
+    young_batch: int = 1
     gauged_steps: int = 400
 
 
