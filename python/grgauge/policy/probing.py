@@ -49,6 +49,8 @@ class State:
     refused: int = 0
     fresh: int = 0
     level: float | None = None  # the loss at the newest probe that changed nothing
+    high: bool = False  # GR_T is clearly above its zone
+    asked: bool = False  # that was why the probe was made
     probed: list[Config] = field(default_factory=list)
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     saved: SavedWeights | None = None
@@ -109,7 +111,7 @@ class Probing:
         differences = [b - a for a, b in zip(first, second, strict=True)]
         level, mean = fmean(first), fmean(differences)
         error = stdev(differences) / math.sqrt(len(differences))
-        most = level + RULES.probe_up_margin * abs(level) + RULES.probe_up_errors * error if up else level - error - RULES.probe_down_margin * abs(level)
+        most = level + RULES.probe_up_margin * abs(level) + RULES.probe_up_errors * error if up else level + error if s.asked else level - error - RULES.probe_down_margin * abs(level)
         evidence = self._evidence("probe", "loss", level + mean, None)
         words = f"lr {there.lr:.2e} has loss {level + mean:.4g} where {here.lr:.2e} has {level:.4g}"
         if s.fresh == 1:
@@ -128,7 +130,7 @@ class Probing:
             self._cap(RULES.failed * there.lr)
         s.refused += 1
         s.next_probe = (RULES.probe_again if s.refused == 1 else RULES.probe_later) * samples
-        if not up and not s.climbed and not s.fresh and s.steps < RULES.gauged_steps and s.level is not None and s.level - level < 0.04 * abs(level):
+        if not up and not s.fresh and s.steps < RULES.gauged_steps and s.level is not None and s.level - level < 0.04 * abs(level):
             s.fresh, s.next_probe = 1, samples
         s.upward, s.level = not s.upward, level
         return Continue(f"compared on the same batches, {words}", evidence, notable=True)
@@ -147,20 +149,24 @@ class Probing:
             return None
         if s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak:
             return None
+        if s.high and not s.climbed and s.steps <= 2 * RULES.probe_steps and not s.fresh:
+            s.fresh = 1
         if s.fresh == 1:
-            to = self._settings.fit(old, old.lr / 10.0, old.batch_size)
-            s.probed = [old, to]
+            to = self._settings.fit(old, old.lr / (6.0 if s.high else 10.0), old.batch_size)
+            s.probed, s.asked = [old, to], s.high
             evidence = self._evidence("probe", "", None)
             return Probe((old, to), 20 * old.batch_size, "compare with a new beginning", evidence, untrained=True)
         factor = RULES.probe_factor if self._learned() or s.hurt else RULES.probe_factor**2
-        for upward in (s.upward, not s.upward):
+        s.asked = s.high
+        for upward in (False,) if s.high else (s.upward, not s.upward):
             s.upward = upward
             lr = self._below(old.lr * factor, old.batch_size) if upward else old.lr / RULES.probe_factor
             to = self._settings.fit(old, lr, old.batch_size)
             if abs(math.log(to.lr / old.lr)) > math.log(RULES.probe_least):
                 s.probed = [old, to]
                 steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
-                return Probe((old, to), round(steps * old.batch_size), "compare", self._evidence("probe", "", None))
+                samples = max(round(steps * old.batch_size), RULES.probe_samples)
+                return Probe((old, to), samples, "compare", self._evidence("probe", "", None))
         return None
 
     def _wrecked(self, block: float | None) -> Decision | None:
@@ -244,7 +250,11 @@ class Probing:
         spread = min(max(error, RULES.least_error), RULES.most_error) / math.sqrt(len(s.recent))
         gr_t, reach = math.exp(sum(s.recent) / len(s.recent)), math.exp(limits.z * spread)
         evidence = self._evidence("learning rate", "GR_T", gr_t, (gr_t / reach, gr_t * reach))
-        if (_finite(reading.gr_s) or 0.0) > limits.blind or gr_t * reach >= low:
+        s.high = gr_t / reach > limits.target.gr_t_zone[1] and course.age >= RULES.settled_steps
+        if (_finite(reading.gr_s) or 0.0) > limits.blind:
+            s.high = False
+            return None
+        if gr_t * reach >= low:
             return None
         patience = RULES.patience + RULES.patience_per_gr_t * gr_t
         trending = reach > RULES.trend and course.age < RULES.trend_steps
@@ -274,7 +284,9 @@ class Probing:
             at = old.lr, old.batch_size, s.course.samples
             s.saved = None if level is None else SavedWeights(*at, level, error, raised)
             s.climbed = s.climbed or raised
-            s.next_probe = s.course.samples + RULES.probe_steps * decision.config.batch_size
+            s.next_probe = s.course.samples + max(
+                RULES.probe_steps * decision.config.batch_size, RULES.probe_samples
+            )
             s.refused = 0
         return decision
 

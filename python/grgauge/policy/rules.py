@@ -99,6 +99,7 @@ class Rules:
     trial_worse: float = 0.01  # ... and share of it
 
     # probes
+    probe_samples: int = 480
     probe_steps: int = 60  # of each, at least, and before one
     probe_share: float = 0.15
     probe_factor: float = 3.0

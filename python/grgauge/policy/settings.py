@@ -27,9 +27,9 @@ class Settings:
     min_batch: int = 1
     max_batch: int = 1 << 20
     batch_multiple: int = 1
-    max_lr_factor: float = 10.0
+    max_lr_factor: float = 4.0
     max_batch_factor: float = 4.0
-    gain: float = 1.0
+    gain: float = 2.0 / 3.0
     coupling: float = 0.5
     confidence: float = 0.9
     blind: float = BLIND

@@ -216,7 +216,8 @@ class Loop:
         """Batches that the averages of a probe are compared on."""
         from ..policy.rules import RULES
 
-        return max(RULES.probe_eval_least, probe.samples // (RULES.probe_eval * probe.configs[0].batch_size))
+        batch = probe.configs[0].batch_size
+        return max(4, -(-64 // batch), probe.samples // (RULES.probe_eval * batch))
 
     def cost(self, probe: Probe) -> int:
         """Samples."""
