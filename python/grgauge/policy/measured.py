@@ -302,7 +302,7 @@ class Measured:
         quiet = not s.recent or s.recent[-1] <= math.log(target.gr_t_zone[1])
         if ratio > 1.0 and s.found:
             return self._stall(reading, old.lr, batch, "the batch is too small", evidence) if quiet else None
-        if ratio > 1.0 and not self._learned():
+        if ratio > 1.0 and (batch > RULES.most_raised or not self._learned()):
             return None
         # Up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
         low_lr = not (s.found or s.hurt) and bool(s.recent) and max(s.recent) < math.log(target.gr_t_zone[0])

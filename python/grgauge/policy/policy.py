@@ -15,7 +15,7 @@ from .probing import Probing
 from .published import Published
 from .settings import Settings
 
-RULE_SETS: dict[str, Callable[[Settings], RuleSet]] = {"measured": Probing, "old": Measured, "published": Published}
+RULE_SETS: dict[str, Callable[[Settings], RuleSet]] = {"measured": Measured, "old": Probing, "published": Published}
 
 
 class Policy(Settings):

@@ -73,6 +73,7 @@ class Rules:
     batch_change: float = 1.5  # a smaller factor is not worth a cold start of the gauges
     found_batch_change: float = 1.8  # ... where lr is found good
     found_checks: int = 4  # in a row that must ask for another batch then
+    most_raised: int = 16
     found_raise: float = 2.0  # the most that a batch grows by then
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
