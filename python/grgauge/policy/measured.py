@@ -6,14 +6,15 @@ Numbers are in `rules`, with their reasons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from ..reading import Reading
 from ..theory import batch_for_gr_s, noise_scale_from_gr_s, uncorrelated
 from .course import Course, restored
-from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
+from .decisions import Config, Continue, Decision, Evidence, Probe, Retune, Stop
 from .losses import Losses
 from .rules import RULES
 from .settings import Settings
@@ -69,6 +70,8 @@ class State:
     saved: SavedWeights | None = None
     trial: RaiseOnTrial | None = None
     rival: Rival | None = None
+    probed: list[Config] = field(default_factory=list)  # by the newest probe
+    next_probe: float = 0.0  # samples, before which there is no other
 
 
 class Measured:
@@ -115,9 +118,24 @@ class Measured:
             or self._plateau_left()
             or self._trial()
             or self._spatial(reading)
+            or self._probe(reading, warming)
             or self._temporal(reading, warming)
             or Continue("nothing to change", Evidence("steady", course.step))
         )
+
+    def judge(self, losses: Sequence[Sequence[float]]) -> Decision:
+        s, (here, there), (first, second) = self._state, self._state.probed, losses
+        differences = [b - a for a, b in zip(first, second, strict=True)]
+        level, mean, error = fmean(first), fmean(differences), stdev(differences) / math.sqrt(len(differences))
+        reason = f"on the same batches lr {there.lr:.2e} has loss {level + mean:.4g}, {here.lr:.2e} {level:.4g}"
+        evidence = self._evidence("probe", "loss", level + mean, (level - error, level + error))
+        if mean < -error:
+            s.next_probe = s.course.samples
+            return self._move(there.lr, there.batch_size, reason, evidence)
+        if not mean <= abs(level):
+            self._cap(RULES.failed * there.lr)
+        s.next_probe = RULES.probe_again * s.course.samples
+        return Continue(reason, evidence, notable=True)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)
@@ -310,6 +328,23 @@ class Measured:
         reason = "the batch is too small" if ratio > 1.0 else "the batch is larger than it need be"
         return self._move(self._below(lr, batch), batch, reason, evidence)
 
+    def _probe(self, reading: Reading, warming: bool) -> Decision | None:
+        """Where gauges cannot tell, a higher learning rate beside the present one."""
+        s, course, old = self._state, self._state.course, self._state.course.now
+        blind = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s
+        decayed = s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak
+        due = s.steps >= RULES.probe_steps and course.age >= RULES.settled_steps and course.samples >= s.next_probe
+        if not (blind and due) or warming or decayed or s.trial is not None or s.losses.first is None:
+            return None
+        lr = self._below(RULES.probe_factor * old.lr, old.batch_size)
+        to = self._settings.fit(old, lr, old.batch_size)
+        if to.lr < RULES.least_raise * old.lr:
+            return None
+        s.probed = [old, to]
+        steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
+        evidence = self._evidence("probe", "GR_S", reading.gr_s)
+        return Probe((old, to), round(steps * old.batch_size), "gauges cannot tell", evidence)
+
     def _temporal(self, reading: Reading, warming: bool) -> Decision | None:
         """The learning rate: up step by step while GR_T is low, down where it is high."""
         s, course, limits, (low, high) = (
@@ -334,7 +369,7 @@ class Measured:
             return self._plateau() or Continue("GR_S says that GR_T is blind", evidence)
         if gr_t * reach < low:
             return self._too_low(gr_t, reach, evidence)
-        if self._begun_badly and ((s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and self._learned())):
+        if self._begun_badly and ((s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and (not RULES.clear or gr_t / reach > high) and self._learned())):
             # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
             self._cap(course.now.lr)
             lr = course.now.lr / (RULES.restart if s.hurt else RULES.restart_high)
@@ -369,7 +404,8 @@ class Measured:
         if lr < RULES.least_raise * old.lr:
             further = self._rival_further()
             return further or Continue("below the zone, just below a learning rate that failed", evidence)
-        return self._move(lr, old.batch_size, "the learning rate is too low", evidence)
+        batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.cheap_batch)
+        return self._move(lr, batch, "the learning rate is too low", evidence)
 
     def _too_high(self, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
         s, age, limits, old = self._state, self._state.course.age, self._settings, self._state.course.now

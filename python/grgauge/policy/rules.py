@@ -74,6 +74,8 @@ class Rules:
     found_batch_change: float = 1.8  # ... where lr is found good
     found_checks: int = 4  # in a row that must ask for another batch then
     most_raised: int = 16
+    cheap_batch: int = 32
+    clear: int = 1
     found_raise: float = 2.0  # the most that a batch grows by then
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
@@ -111,7 +113,8 @@ class Rules:
     probe_eval_least: int = 4
     probe_down_margin: float = 0.07
     probe_share_of_progress: float = 0.5
-    probe_again: float = 1.3
+    probe_gr_s: float = 0.8
+    probe_again: float = 3.0
     probe_later: float = 3.0
     young_steps: int = 150
     young_batch: int = 1
