@@ -129,7 +129,7 @@ class Measured:
         level, mean, error = fmean(first), fmean(differences), stdev(differences) / math.sqrt(len(differences))
         reason = f"on the same batches lr {there.lr:.2e} has loss {level + mean:.4g}, {here.lr:.2e} {level:.4g}"
         evidence = self._evidence("probe", "loss", level + mean, (level - error, level + error))
-        if mean < -error:
+        if mean < -error - RULES.probe_better * abs(level):
             s.next_probe = s.course.samples
             return self._move(there.lr, there.batch_size, reason, evidence)
         if not mean <= abs(level):
@@ -199,6 +199,8 @@ class Measured:
 
     def _plateau(self) -> Decision | None:
         """Nothing learned and nothing hurt, where noise alone reads GR_T 19 at any learning rate: by the loss, up."""
+        if not RULES.use_plateau:
+            return None
         s, course, old, losses = self._state, self._state.course, self._state.course.now, self._state.losses
         blocks = losses.blocks(course.start)
         now, untrained = losses.level(blocks, course.start), losses.untrained()
@@ -249,6 +251,8 @@ class Measured:
         if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
             return None
         higher = self._below(RULES.stall_raise * old.lr, old.batch_size)
+        if not RULES.use_stall and _jumps(reading):
+            return None
         if not _jumps(reading) or higher < RULES.least_raise * old.lr:
             if lr < old.lr:
                 self._cap(old.lr)

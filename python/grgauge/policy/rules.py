@@ -114,6 +114,9 @@ class Rules:
     probe_down_margin: float = 0.07
     probe_share_of_progress: float = 0.5
     probe_gr_s: float = 0.8
+    probe_better: float = 0.02
+    use_plateau: int = 1
+    use_stall: int = 1
     probe_again: float = 3.0
     probe_later: float = 3.0
     young_steps: int = 150
