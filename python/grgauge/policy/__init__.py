@@ -4,7 +4,7 @@ Target                     where readings should be
 Advice, advise, verdict    what readings mean for learning rate and batch, from measured distances; verdict is its line
 suggest                    the next configuration for an independent trial
 Pruning, Progress          whether a trial among others is worth going on with
-Policy                     readings and losses in; Continue, Retune to another Config, or Stop out, with the Evidence
+Policy                     readings and losses in; Continue, Retune, Probe or Stop out, with the Evidence
 RuleSet                    what a policy of one's own must have
 """
 

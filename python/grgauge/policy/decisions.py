@@ -105,22 +105,21 @@ class Stop:
 
 @dataclass(frozen=True)
 class Probe:
-    """Train at each of these configurations in turn, from the weights at hand and on the same batches, and give
-    `Policy.judge` the losses of their averaged weights on the batches that follow.
+    """Compare two configurations where gauges cannot tell: train at each of them, from the weights at hand and on the
+    same batches, and tell `Policy.judge` the losses of their averaged weights on the batches after those.
 
-    configs    the present one, and another
-    samples    to train on at each
-    untrained  the other begins with untrained weights, and is trained until it has had as many samples as those at hand
+    configs  the present one, and another of the same batch
+    samples  to train on at each
     """
 
-    configs: tuple[Config, ...]
+    configs: tuple[Config, Config]
     samples: int
     reason: str
     evidence: Evidence
-    untrained: bool = False
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.evidence})"
+        here, there = self.configs
+        return f"compare lr {here.lr:.2e} with {there.lr:.2e}: {self.reason} ({self.evidence})"
 
 
 Decision = Continue | Retune | Stop | Probe

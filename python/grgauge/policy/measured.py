@@ -70,8 +70,8 @@ class State:
     saved: SavedWeights | None = None
     trial: RaiseOnTrial | None = None
     rival: Rival | None = None
-    probed: list[Config] = field(default_factory=list)  # by the newest probe
-    next_probe: float = 0.0  # samples, before which there is no other
+    probed: Config | None = None  # what the newest probe compares with, until that is judged
+    next_probe: float = 0.0  # samples of these weights, before which there is no other
 
 
 class Measured:
@@ -123,19 +123,29 @@ class Measured:
             or Continue("nothing to change", Evidence("steady", course.step))
         )
 
-    def judge(self, losses: Sequence[Sequence[float]]) -> Decision:
-        s, (here, there), (first, second) = self._state, self._state.probed, losses
-        differences = [b - a for a, b in zip(first, second, strict=True)]
-        level, mean, error = fmean(first), fmean(differences), stdev(differences) / math.sqrt(len(differences))
-        reason = f"on the same batches lr {there.lr:.2e} has loss {level + mean:.4g}, {here.lr:.2e} {level:.4g}"
-        evidence = self._evidence("probe", "loss", level + mean, (level - error, level + error))
-        if mean < -error - RULES.probe_better * abs(level):
+    @property
+    def probed(self) -> Config | None:
+        """What a probe that was asked for compares with."""
+        return self._state.probed
+
+    def judge(self, here: Sequence[float], there: Sequence[float]) -> Decision:
+        """What a probe has shown; see `Policy.judge`."""
+        s, other = self._state, self._state.probed
+        assert other is not None
+        level, difference, error = fmean(here), math.inf, 0.0
+        if all(map(math.isfinite, (*here, *there))):
+            differences = [after - before for before, after in zip(here, there, strict=True)]
+            difference, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+        margin = error + RULES.probe_better * abs(level)
+        evidence = self._evidence("probe", "loss", level + difference, (level - margin, level + margin))
+        s.probed = None
+        if difference < -margin:
+            decision = self._move(other.lr, other.batch_size, "a higher learning rate has a lower loss", evidence)
             s.next_probe = s.course.samples
-            return self._move(there.lr, there.batch_size, reason, evidence)
-        if not mean <= abs(level):
-            self._cap(RULES.failed * there.lr)
-        s.next_probe = RULES.probe_again * s.course.samples
-        return Continue(reason, evidence, notable=True)
+            return decision
+        if not difference <= abs(level):
+            self._cap(RULES.failed * other.lr)
+        return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)
@@ -199,8 +209,6 @@ class Measured:
 
     def _plateau(self) -> Decision | None:
         """Nothing learned and nothing hurt, where noise alone reads GR_T 19 at any learning rate: by the loss, up."""
-        if not RULES.use_plateau:
-            return None
         s, course, old, losses = self._state, self._state.course, self._state.course.now, self._state.losses
         blocks = losses.blocks(course.start)
         now, untrained = losses.level(blocks, course.start), losses.untrained()
@@ -251,8 +259,6 @@ class Measured:
         if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
             return None
         higher = self._below(RULES.stall_raise * old.lr, old.batch_size)
-        if not RULES.use_stall and _jumps(reading):
-            return None
         if not _jumps(reading) or higher < RULES.least_raise * old.lr:
             if lr < old.lr:
                 self._cap(old.lr)
@@ -324,7 +330,7 @@ class Measured:
         quiet = not s.recent or s.recent[-1] <= math.log(target.gr_t_zone[1])
         if ratio > 1.0 and s.found:
             return self._stall(reading, old.lr, batch, "the batch is too small", evidence) if quiet else None
-        if ratio > 1.0 and (batch > RULES.most_raised or not self._learned()):
+        if ratio > 1.0 and (batch > RULES.largest_raised or not self._learned()):
             return None
         # Up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
         low_lr = not (s.found or s.hurt) and bool(s.recent) and max(s.recent) < math.log(target.gr_t_zone[0])
@@ -333,21 +339,28 @@ class Measured:
         return self._move(self._below(lr, batch), batch, reason, evidence)
 
     def _probe(self, reading: Reading, warming: bool) -> Decision | None:
-        """Where gauges cannot tell, a higher learning rate beside the present one."""
+        """Noise hides the learning rate from GR_T, at any value: a higher one is tried beside the present one."""
         s, course, old = self._state, self._state.course, self._state.course.now
-        blind = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s
+        hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s
+        due = s.steps >= RULES.probe_steps and course.samples >= s.next_probe
         decayed = s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak
-        due = s.steps >= RULES.probe_steps and course.age >= RULES.settled_steps and course.samples >= s.next_probe
-        if not (blind and due) or warming or decayed or s.trial is not None or s.losses.first is None:
+        higher = self._below(RULES.probe_factor * old.lr, old.batch_size)
+        to = self._settings.fit(old, higher, old.batch_size)
+        if (
+            not (hidden and due)
+            or course.age < RULES.settled_steps
+            or warming
+            or decayed
+            or s.trial is not None
+            or s.losses.first is None
+            or to.lr < RULES.least_raise * old.lr
+            or course.moves >= self._settings.max_moves
+        ):
             return None
-        lr = self._below(RULES.probe_factor * old.lr, old.batch_size)
-        to = self._settings.fit(old, lr, old.batch_size)
-        if to.lr < RULES.least_raise * old.lr:
-            return None
-        s.probed = [old, to]
+        s.probed, s.next_probe = to, RULES.probe_again * course.samples
         steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
         evidence = self._evidence("probe", "GR_S", reading.gr_s)
-        return Probe((old, to), round(steps * old.batch_size), "gauges cannot tell", evidence)
+        return Probe((old, to), round(steps * old.batch_size), "GR_S says that GR_T cannot tell", evidence)
 
     def _temporal(self, reading: Reading, warming: bool) -> Decision | None:
         """The learning rate: up step by step while GR_T is low, down where it is high."""
@@ -373,7 +386,9 @@ class Measured:
             return self._plateau() or Continue("GR_S says that GR_T is blind", evidence)
         if gr_t * reach < low:
             return self._too_low(gr_t, reach, evidence)
-        if self._begun_badly and ((s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and (not RULES.clear or gr_t / reach > high) and self._learned())):
+        if self._begun_badly and (
+            (s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and gr_t / reach > high and self._learned())
+        ):
             # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
             self._cap(course.now.lr)
             lr = course.now.lr / (RULES.restart if s.hurt else RULES.restart_high)
@@ -408,7 +423,7 @@ class Measured:
         if lr < RULES.least_raise * old.lr:
             further = self._rival_further()
             return further or Continue("below the zone, just below a learning rate that failed", evidence)
-        batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.cheap_batch)
+        batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.young_batch)
         return self._move(lr, batch, "the learning rate is too low", evidence)
 
     def _too_high(self, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:

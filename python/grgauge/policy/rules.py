@@ -73,10 +73,18 @@ class Rules:
     batch_change: float = 1.5  # a smaller factor is not worth a cold start of the gauges
     found_batch_change: float = 1.8  # ... where lr is found good
     found_checks: int = 4  # in a row that must ask for another batch then
-    most_raised: int = 16
-    cheap_batch: int = 32
-    clear: int = 1
     found_raise: float = 2.0  # the most that a batch grows by then
+    largest_raised: int = 16  # before: noise in a larger one costs less than the samples that would average it out
+    young_steps: int = 150  # until then a learning rate far too low is left ...
+    young_batch: int = 32  # ... at no larger batch than that: steps count, and are cheaper so
+
+    # a probe: of two learning rates on the same batches, where GR_S is so high that GR_T says little of either
+    probe_gr_s: float = 0.8
+    probe_steps: int = 60  # before one, and of each side: with half as many two tasks of three were lost, ...
+    probe_share: float = 0.15  # ... but at least that share of all steps so far
+    probe_factor: float = 3.0  # between the two
+    probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
+    probe_again: float = 3.0  # times the samples so far, until the next one
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
     plateau_error: float = 0.01  # relative error of the loss, ...
@@ -100,28 +108,6 @@ class Rules:
     trial_blocks: int = 4  # of losses, at least
     trial_errors: float = 2.0  # standard errors of a loss that is worse than before, ...
     trial_worse: float = 0.01  # ... and share of it
-
-    # probes
-    probe_samples: int = 480
-    probe_steps: int = 60  # of each, at least, and before one
-    probe_share: float = 0.15
-    probe_factor: float = 3.0
-    probe_least: float = 1.3
-    probe_up_margin: float = 0.0
-    probe_up_errors: float = 0.0
-    probe_eval: int = 8
-    probe_eval_least: int = 4
-    probe_down_margin: float = 0.07
-    probe_share_of_progress: float = 0.5
-    probe_gr_s: float = 0.8
-    probe_better: float = 0.02
-    use_plateau: int = 1
-    use_stall: int = 1
-    probe_again: float = 3.0
-    probe_later: float = 3.0
-    young_steps: int = 150
-    young_batch: int = 1
-    gauged_steps: int = 400
 
 
 RULES = Rules()

@@ -18,7 +18,7 @@ class Settings:
 
     target: Target = field(default_factory=Target)
     _: KW_ONLY
-    rules: Literal["measured", "old", "published"] = "measured"
+    rules: Literal["measured", "published"] = "measured"
     every: int = 5
     warm_up: int = 20
     grace: int = 20
@@ -37,7 +37,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.target = self.target or Target()  # None is allowed
-        require(self.rules in ("measured", "old", "published"), "rules", self.rules, '"measured" or "published"')
+        require(self.rules in ("measured", "published"), "rules", self.rules, '"measured" or "published"')
         for name, least in {
             "every": 1,
             "warm_up": 0,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._validation import require_count
 from ..gauge import Gauge
 from ..optim.learning_rates import highest_lr, peak_lr
-from ..policy import Config, Continue, Decision, Policy, verdict
+from ..policy import Config, Decision, Policy, Retune, Stop, verdict
 from ..reading import Reading
 from .ranks import World
 
@@ -81,7 +81,7 @@ class Advisor:
         before = self.policy.state_dict()
         value = None if loss is None else self._mean(loss)
         decision = self.policy.observe(reading, config, loss=value, lr_factor=now / peak)
-        if not isinstance(decision, Continue):
+        if isinstance(decision, (Retune, Stop)):
             self.policy.load_state_dict(before)  # nobody acts on it: to the policy it was never made
         if reading is not None and reading is not self._seen:
             self._seen, self._advice = reading, decision

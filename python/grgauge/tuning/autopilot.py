@@ -93,13 +93,13 @@ class Autopilot(View):
     def _after_step(self) -> Probe | None:
         decision, _ = self._loop.observe()
         if isinstance(decision, Probe):
-            return decision if 4 * self._loop.cost(decision) <= self.budget - self.used else None
+            return decision if self._loop.affords(decision, self.budget - self.used) else None
         if decision is not None:
-            self._act(decision)
+            self._act(decision, 0)
         return None
 
-    def _act(self, decision: Decision, compared: int = 0) -> None:
-        """compared: samples on which averages were."""
+    def _act(self, decision: Decision, compared: int) -> None:
+        """compared: samples on which averages were, in a probe."""
         loop = self._loop
         self.used += compared
         if isinstance(decision, (Retune, Stop)):

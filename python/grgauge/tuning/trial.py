@@ -25,7 +25,6 @@ from .study import Trials
 from .view import View
 
 log = logging.getLogger(__name__)
-
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -158,7 +157,7 @@ class Trial(View):
         stepped = self._loop.step(loss)
         if stepped:
             self.used += self.batch_size
-            if self._loop.probing:
+            if self.probing:  # no curve of losses: half of these weights are given up
                 self.record.samples += self.batch_size
                 self._on_step(self)
             else:
@@ -237,10 +236,9 @@ class Trial(View):
             self.record.read(fresh)
         self.record.seconds += now - self._clock
         self._clock = now
-        if isinstance(decision, Probe):
-            left = self.budget - self.used
+        if isinstance(decision, Probe) and not spent:
             self._on_step(self)
-            return decision if loop.averaged is not None and 4 * loop.cost(decision) <= left else None
+            return decision if loop.affords(decision, self.budget - self.used) else None
         if decision is not None and (spent or isinstance(decision, Stop)):
             self._end(decision)
         elif isinstance(decision, Retune):
@@ -256,7 +254,7 @@ class Trial(View):
         return None
 
     def _act(self, decision: Decision, compared: int) -> None:
-        """What a probe has decided, after so many samples on which averages were compared."""
+        """What follows from a probe, after so many samples on which averages were compared."""
         self.used += compared
         self.record.samples += compared
         log.info("%d samples: %s", self.used, decision)
@@ -264,6 +262,8 @@ class Trial(View):
             self._retune(decision)
         else:
             self.record.notes.append(str(decision))
+            self._save()
+            self._trials.write(self.record)
         self._on_step(self)
 
     def _retune(self, decision: Retune) -> None:

@@ -67,7 +67,7 @@ class View:
 
     @property
     def probing(self) -> bool:
-        """True while configurations are compared: the weights at hand are then on trial."""
+        """True while two learning rates are compared (`Probe`): the weights at hand may be given up after it."""
         return self._loop.probing
 
     @property
