@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The torch to install; TORCH="torch==2.11.0" (or a wheel's path) overrides it.
 TORCH ?= torch==2.13.0
+# Processes that run the tests, each on one thread.
+WORKERS ?= 2
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
           $(shell find python grgauge_kernels -type d -not -name __pycache__ -not -path '*/lib')
@@ -40,11 +42,13 @@ examples: .venv/built
 	.venv/bin/python examples/optuna_search.py
 	.venv/bin/python examples/ray_tune.py
 
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: lint
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-fast: lint
-	.venv/bin/python -m pytest -m "not (slow or ranks or engines or static or simulated or pages)"
+	$(PYTEST) -m "not (slow or ranks or engines or static or simulated or pages)"
 
 docs: .venv/built
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

@@ -29,7 +29,6 @@ import argparse
 import itertools
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,7 +42,7 @@ import torch.nn.functional as F
 from families.images import resnet18
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from turns import STEPS, append, origin, significant, spread
+from turns import STEPS, Thread, append, origin, significant, spread
 
 import grgauge
 from grgauge.cli.demo import CONTEXT, CharTransformer
@@ -211,60 +210,26 @@ class Plain:
 
 
 class Tuned:
-    """`tune` in a thread of its own, which goes on for five steps a turn."""
+    """`tune`, which runs its training function itself."""
 
     def __init__(self, task: Task, turns: int) -> None:
         self.task, self.budget = task, turns * STEPS * task.batch
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._seconds = 0.0
-        self._failure: BaseException | None = None
-        self._folder = tempfile.TemporaryDirectory()
-        self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._thread = Thread(self._run, task.device)
+        self.turn, self.close = self._thread.turn, self._thread.close
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        try:
+    def _run(self, before_step: Callable[[], None]) -> None:
+        def train(trial: grgauge.Trial) -> None:
+            model = self.task.model()
+            trial.watch(model, grgauge.AdamW(model.parameters(), lr=LR))
+            begins = True
+            for batch in trial.batches(self.task.loader()):
+                if begins:  # here, as what follows a step comes when the next batch is asked for
+                    before_step()
+                begins = trial.step(self.task.loss(model, batch))
+
+        with tempfile.TemporaryDirectory() as folder:
             space = {"lr": LR, "batch_size": self.task.batch}
-            grgauge.tune(self._train, space, budget=self.budget, storage=str(Path(self._folder.name) / "study.db"))
-        except BaseException as error:
-            self._failure = error
-        finally:
-            self._done.release()
-
-    def _train(self, trial: grgauge.Trial) -> None:
-        model = self.task.model()
-        trial.watch(model, grgauge.AdamW(model.parameters(), lr=LR))
-        self._go.acquire()
-        steps, start = 0, time.perf_counter()
-        for batch in trial.batches(self.task.loader()):
-            if steps == STEPS:  # here, as what follows a step comes when the next batch is asked for
-                self._seconds, steps = self._stopped(start), 0
-                self._done.release()
-                self._go.acquire()
-                start = time.perf_counter()
-            steps += trial.step(self.task.loss(model, batch))
-
-    def _stopped(self, start: float) -> float:
-        synchronize(self.task.device)
-        return (time.perf_counter() - start) / STEPS
-
-    def turn(self) -> float:
-        self._go.release()
-        self._done.acquire()
-        if self._failure is not None:
-            raise self._failure
-        if not self._thread.is_alive():
-            raise RuntimeError("tune ended before its turns did")
-        return self._seconds
-
-    def close(self) -> None:
-        """Let it train to the end of its budget."""
-        while self._thread.is_alive():
-            self._go.release()
-            self._thread.join(0.01)
-        self._folder.cleanup()
+            grgauge.tune(train, space, budget=self.budget, storage=str(Path(folder) / "study.db"))
 
 
 def variants(task: Task, turns: int) -> dict[str, Plain | Tuned]:

@@ -6,6 +6,7 @@ import csv
 import gc
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -115,6 +116,64 @@ def alternate(
     finally:
         gc.enable()
     return samples
+
+
+class Thread:
+    """A training that holds the loop itself, in a thread of its own, which goes on for five steps a turn.
+
+    train  called with a function that it must call before each step
+    """
+
+    def __init__(self, train: Callable[[Callable[[], None]], object], device: torch.device) -> None:
+        self._train, self._clock = train, Clock(device)
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._steps, self._start, self._seconds = 0, 0.0, 0.0
+        self._failure: BaseException | None = None
+        self._over = False
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._wait()  # for its first step: frameworks share state between trainings while they set them up
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        try:
+            self._train(self._before_step)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._over = True
+            self._done.release()
+
+    def _before_step(self) -> None:
+        if self._steps % STEPS == 0:
+            self._clock.synchronize()
+            self._seconds = (time.perf_counter() - self._start) / STEPS
+            self._done.release()
+            self._go.acquire()
+            self._start = time.perf_counter()
+        self._steps += 1
+
+    def turn(self) -> float:
+        """Take five steps: the seconds of one, with all that is done until the next begins."""
+        self._go.release()
+        self._wait()
+        return self._seconds
+
+    def _wait(self) -> None:
+        self._done.acquire()
+        if self._failure is not None:
+            raise self._failure
+        if self._over:
+            raise RuntimeError("the training ended before its turns did")
+
+    def close(self) -> None:
+        """Let it train to its end."""
+        while self._thread.is_alive():
+            self._go.release()
+            self._thread.join(0.01)
+        if self._failure is not None:
+            raise self._failure
 
 
 def ratio(mine: Samples, other: Samples) -> float:

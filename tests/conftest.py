@@ -1,35 +1,48 @@
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-# Where there is no GPU, Triton kernels run in Triton's interpreter, which must be told before triton is imported.
+# Where there is no GPU, Triton kernels run in Triton's interpreter, which must be told before triton is imported. Tests
+# are small there: one thread does, here and in the processes that they start. A second one would mostly spin.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 from grgauge_kernels import stream
 from grgauge_kernels.backends import cpu
+
+with suppress(ImportError):  # pytest may be all that a machine with a GPU has
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # a machine that others use too may pause for a second
+    settings.load_profile("no deadline")
 
 TESTS = Path(__file__).parent
 
 MARKS = {
     "ranks": ("distributed/*", "*ranks*.py"),
     "engines": ("engines/*", "integrations/*"),
-    "static": ("static/*",),
-    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report.py"),
+    "static": ("static/*", "kernels/test_cuda_on_cpu.py"),
+    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report*.py"),
     "pages": ("docs/*",),
     "device": ("device/*",),
 }
 """Marker -> the folders and files of tests that have it; `make test-fast` goes by them."""
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else item.path
         for mark, patterns in MARKS.items():
             if any(path.match(pattern) for pattern in patterns):
                 item.add_marker(mark)
+        if config.pluginmanager.hasplugin("xdist"):  # one worker runs a file, and all that shares the ranks' results
+            item.add_marker(pytest.mark.xdist_group(str(path.parent if path.match("distributed/*") else path)))
+    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in MARKS))  # the long ones first
 
 
 @pytest.fixture(autouse=True)

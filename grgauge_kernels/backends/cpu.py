@@ -50,7 +50,7 @@ def measure_(
     beta: float,
     inv_scale: Tensor | None,
 ) -> Tensor:
-    stats = torch.empty((segments, 6), dtype=torch.float64)
+    stats = torch.empty(segments, 6, dtype=torch.float64)
     task = native.Pass(grads, rows, segments, stats, ema, previous, beta, inv_scale)
     table = addresses_of(grads)
     task.grads = table.buffer_info()[0]
@@ -59,7 +59,7 @@ def measure_(
 
 
 def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
-    stats = torch.empty((u.segments, 6), dtype=torch.float64) if u.sums else _NO_SUMS
+    stats = torch.empty(u.segments, 6, dtype=torch.float64) if u.sums else _NO_SUMS
     task = native.Pass(u.grads, u.rows, u.segments, stats if u.sums else None, u.ema, u.previous, u.beta, u.inv_scale)
     task.update(u, u.step, u.lr if u.lr_tensor is None else float(u.lr_tensor))
     table = addresses_of(u.grads) + addresses_of(u.params) + addresses_of(u.exp_avgs) + addresses_of(u.exp_avg_sqs)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grgauge import Advice, Gauge, Reading, Target, verdict
+from grgauge.gauge.windows import _lr_on_host
 from grgauge.policy import advise
 from grgauge.policy.advice import advice_of
 from grgauge.policy.watch import Watch
@@ -136,6 +137,23 @@ def test_stored_and_loaded_in_the_middle_it_says_the_same():
     _, one = trained(1e-6, 90)
     _, two = trained(1e-6, 90, state_at=47)
     assert one[48:] == two[48:]
+
+
+@pytest.mark.parametrize(
+    ("lrs", "known"),
+    [
+        ((1e-3, 2e-3), 2e-3),
+        ((torch.tensor(0.5), 0.25), 0.5),
+        ((1e-3, None), None),
+        ((1e-3, torch.tensor(1e-3, device="meta")), None),  # on a device: it would have to be waited for
+    ],
+    ids=str,
+)
+def test_the_highest_rate_is_known_where_it_need_not_be_waited_for(lrs, known):
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in lrs], lr=1.0)
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+    assert _lr_on_host(optimizer) == known
 
 
 def test_a_state_of_before_there_was_advice_loads():

@@ -69,6 +69,24 @@ def test_taking_a_state_dict_does_not_disturb():
     assert gauge.reading() == straight.reading()
 
 
+def test_elements_that_were_not_finite_before_the_state_was_taken_count():
+    def step(p, optimizer, value):
+        p.grad = torch.tensor([1.0, value])
+        optimizer.step()
+
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    gauge = Gauge(optimizer, 8, every=3)
+    step(p, optimizer, float("nan"))
+    step(p, optimizer, 1.0)
+    state = gauge.state_dict()
+    gauge.remove()
+    gauge = Gauge(optimizer, 8, every=3)
+    gauge.load_state_dict(state)
+    step(p, optimizer, float("inf"))
+    assert gauge.reading().nonfinite == 2
+
+
 def test_a_state_of_another_kind_or_model_is_refused():
     _, _, fused = run(OPTIMIZERS["ours, flat"], 6)
     _, _, own = run(OPTIMIZERS["SGD"], 6)

@@ -94,6 +94,22 @@ def test_a_beta_changed_under_way_is_noticed():
     assert any("betas[0] is now [0.85]" in note for note in gauge.reading().notes)
 
 
+def test_parameters_that_only_torch_updates_are_noticed_when_they_come():
+    params = [nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10, dtype=torch.float64))]
+    optimizer = AdamW(params[:1])
+    gauge = Gauge(optimizer, 32, every=1)
+
+    def gr_t():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return gauge.reading().gr_t
+
+    assert gr_t() == pytest.approx(1.0)
+    optimizer.add_param_group({"params": params[1:]})
+    assert gr_t() is None
+
+
 @EVERY_OPTIMIZER
 def test_some_gradients_missing(make):
     """A parameter that takes no part neither breaks the gauge nor tilts a constant gradient's reading."""
@@ -107,6 +123,30 @@ def test_some_gradients_missing(make):
     assert [s.gr_t for s in gauge.reading().segments][1] is None
 
 
+@pytest.mark.parametrize("name", ["ours, fused", "ours, flat", "ours, clipping"])
+def test_gradients_at_different_steps_make_the_ratio_of_each_ones_own_sums(name):
+    params, generator = [nn.Parameter(torch.zeros(n)) for n in (100, 50)], torch.Generator().manual_seed(0)
+    optimizer = OPTIMIZERS[name](params)
+    gauge = Gauge(optimizer, 8, every=1)
+    steps, v = [0, 0], [0.0, 0.0]
+    m = [torch.zeros(p.numel(), dtype=torch.float64) for p in params]
+    for t in range(31):
+        for i, p in enumerate(params):
+            p.grad = None
+            if i == 0 or t % 3 == 0:
+                p.grad = (1 + t) * torch.randn(p.numel(), generator=generator)
+                g = p.grad.double()
+                steps[i] += 1
+                v[i] = 0.9 * v[i] + 0.1 * float(g.square().sum())
+                m[i] = 0.9 * m[i] + 0.1 * g
+        optimizer.step()
+    corrections = [1 - 0.9**n for n in steps]
+    signal = sum(float((own / c).square().sum()) for own, c in zip(m, corrections, strict=True))
+    assert gauge.reading().gr_t == pytest.approx(
+        sum(own / c for own, c in zip(v, corrections, strict=True)) / signal, rel=1e-5
+    )
+
+
 def test_parameters_that_join_start_the_gauge_anew():
     net = network()
     optimizer = AdamW(net.parameters())
@@ -117,6 +157,18 @@ def test_parameters_that_join_start_the_gauge_anew():
     extra.grad = torch.ones(7)
     run(None, 5, net=net, optimizer=optimizer, gauge=gauge, start=10)
     assert len(gauge.reading().segments) == 5
+
+
+def test_each_moment_is_corrected_by_its_own_age():
+    """Where all gradients agree, m is the gradient itself, however young: GR_T is 1."""
+    old, young = (nn.Parameter(torch.zeros(7)) for _ in range(2))
+    optimizer = AdamW([old], lr=0.0)
+    gauge = Gauge(optimizer, 8, every=1)
+    drive(optimizer, [old], lambda t: [torch.ones(7)], 5, gauge)
+    optimizer.add_param_group({"params": [young]})
+    reading = drive(optimizer, [old, young], lambda t: [torch.ones(7)] * 2, 2, gauge)
+    assert len(reading.segments) == 2
+    assert reading.gr_t == pytest.approx(1.0, rel=1e-5)
 
 
 def test_sparse_gradients_end_the_step_before_it_starts():

@@ -87,9 +87,10 @@ def test_halves_need_not_be_equal(size):
 
     reading = read(OPTIMIZERS["ours"], step, steps=8)
     sizes = [size // 2, size - size // 2]
-    gr_t, _ = weighted_truth(sizes, sizes, [[part[:size] for part in rows] for rows in BATCHES[:8]])
+    gr_t, gr_s = weighted_truth(sizes, sizes, [[part[:size] for part in rows] for rows in BATCHES[:8]])
     assert reading.gr_t == pytest.approx(gr_t, rel=1e-5)
-    assert 0 < reading.gr_s <= 1
+    noise_scale = None if gr_s == 1.0 else theory.noise_scale_from_gr_s(gr_s, size)  # a few samples show no signal
+    assert reading.noise_scale == (noise_scale and pytest.approx(noise_scale, rel=1e-3))
 
 
 def test_batches_of_any_shape():
@@ -156,18 +157,30 @@ def test_unequal_micro_batches(make, sizes, weights):
     assert reading.gr_s == pytest.approx(gr_s, rel=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 5])
+def test_another_number_of_micro_batches_than_groups_is_said(groups):
+    reading = read(OPTIMIZERS["ours"], micro_batches([16] * 4), steps=2, groups=groups)
+    assert reading.gr_s is None
+    said = f"micro_step() was called 4 times in the step, not {groups}"
+    if groups == 1:
+        said = "groups is 1; it needs at least two micro-batches or ranks"
+    assert f"GR_S not available: {said}" in reading.notes
+    assert read(OPTIMIZERS["ours"], micro_batches([16] * 4), steps=2, groups=4).gr_s is not None
+
+
 def test_unequal_micro_batches_taken_for_equal_would_read_something_else():
     sizes = [8, 24, 32]
     _, gr_s = weighted_truth(sizes, sizes, BATCHES)
     assert read(OPTIMIZERS["ours"], micro_batches(sizes, tell=False)).gr_s != pytest.approx(gr_s, rel=0.1)
 
 
-def test_sizes_for_some_micro_batches_only():
+@pytest.mark.parametrize("name", ["samples", "weight"])
+def test_sizes_for_some_micro_batches_only(name):
     def step(net, optimizer, gauge, t):
         optimizer.zero_grad()
         for k in range(2):
             (mse(net, batch(t, k, 2)) / 2).backward()
-            gauge.micro_step(samples=32 if k == 0 else None)
+            gauge.micro_step(**({name: 32} if k == 0 else {}))
         optimizer.step()
 
     reading = read(OPTIMIZERS["ours"], step, steps=3)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from grgauge import Gauge
+from grgauge import AdamW, Gauge
+from grgauge.estimators import two_batch
 
 WORDS, WIDTH, STEPS, BATCH = 3000, 32, 60, 16
 
@@ -84,6 +86,38 @@ def test_samples_are_off_to_both_sides(sampled):
     assert abs(sum(squares) / len(squares) - 1) < 3 * spread / math.sqrt(len(squares))
 
 
+def test_the_error_of_the_groups_squares_is_how_far_samples_are_off(monkeypatch):
+    """Four groups of nothing but noise: their squares are four times that of the mean, and the error is relative."""
+    p = nn.Parameter(torch.zeros(40_000))
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    gauges = [Gauge(optimizer, 8, every=1)] + [Gauge(optimizer, 8, every=1, sample=10_000, seed=s) for s in range(40)]
+    torch.manual_seed(0)
+    spread = torch.randn(10, 1).exp().repeat_interleave(4000, 0).flatten()  # some stretches weigh more
+    for _ in range(4):
+        (p * spread * torch.randn(40_000)).sum().backward()
+        for gauge in gauges:
+            gauge.micro_step()
+    optimizer.step()
+    ratios, errors = [], []
+
+    def heard(squares, whole, sizes, weights):
+        seen.append(sum(w * sq for w, sq in zip(weights, squares, strict=True)) / whole)
+        return two_batch(squares, whole, sizes, weights)
+
+    monkeypatch.setattr("grgauge.gauge.statistics.two_batch", heard)
+    for gauge in gauges:
+        seen: list[float] = []  # what is read comes first, then what it might be with the error
+        error = gauge._windows.statistics.sample_error
+        error.of_groups = lambda *args, own=error.of_groups: errors.append(own(*args)) or errors[-1]
+        gauge.reading()
+        ratios.append(seen[0])
+    assert ratios[0] == pytest.approx(4.0, rel=0.1)
+    assert errors[0] == 0.0
+    off = [ratio / ratios[0] - 1 for ratio in ratios[1:]]
+    rms, claimed = (math.sqrt(sum(x * x for x in xs) / len(xs)) for xs in (off, errors[1:]))
+    assert 0.6 < rms / claimed < 1.6
+
+
 def test_a_sampled_gauge_resumes_bit_for_bit():
     torch.manual_seed(0)
     model = Model()
@@ -120,9 +154,10 @@ def test_state_of_other_parameters_leaves_a_sampled_gauge_as_it_was():
     assert gauge.reading() == twin.reading()
 
 
-def test_the_sample_costs_its_own_size_in_memory():
+@pytest.mark.parametrize("make", [torch.optim.SGD, functools.partial(AdamW, max_grad_norm=1.0)], ids=["SGD", "ours"])
+def test_the_sample_costs_its_own_size_in_memory(make):
     model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = make(model.parameters(), lr=0.1)
     gauge = Gauge(optimizer, BATCH, sample=10_000)
     train(model, [gauge], optimizer, 1)
     assert gauge.state_dict()["source"]["emas"][0].numel() < 12_000

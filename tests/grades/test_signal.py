@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
-from blocks import MATRICES, OPTIMIZERS, history_of, loss_of, network, snapshot, train
+from blocks import MATRICES, OPTIMIZERS, history_of, loss_of, network, train
 
 from grgauge import AdamW, GradES
 
@@ -40,26 +41,22 @@ AT_REST = dict.fromkeys((*MATRICES, "rest"), 0.0)
 
 
 @pytest.mark.parametrize("make", MOVING.values(), ids=MOVING.keys())
-def test_the_drift_is_what_the_last_update_does_to_the_next_batch(make):
-    """Measured from weights and gradients alone: -<g_t, w_t - w_(t-1)>, mean of the last half of the readings."""
+def test_progress_is_the_fall_of_the_loss_in_a_training(make):
+    """All parameters are matrices, batches are drawn anew: what the readings add up to is what the loss lost."""
     net = network()
-    grades, optimizer = signal_of(net, make, alpha=1.0)
-    weights = dict(net.named_parameters())
-    readings, before = {name: [] for name in MATRICES}, snapshot(net)
-    for t in range(1, 51):
-        optimizer.zero_grad()
-        loss_of(net, t).backward()
-        if t % 2 == 0:
-            for name in MATRICES:
-                p = weights[f"{name}.weight"]
-                readings[name].append(-float((p.grad.double() * (p.detach() - before[f"{name}.weight"])).sum()))
-        before = snapshot(net)
-        optimizer.step()
-    for name, (drift, error, unrest) in grades.progress.items():
-        last = torch.tensor(readings[name][:24])[-12:]  # that of step 50 is acted on in the next
-        assert drift == pytest.approx(float(last.mean()) * 50, rel=2e-3, abs=1e-5)
-        assert error == pytest.approx(float(last.std() / 12**0.5) * 50, rel=2e-3)
-        assert unrest > 0.0
+    grades, optimizer = signal_of(net, make, total_steps=400, alpha=1.0, modules=".")
+
+    def loss():
+        with torch.no_grad():
+            return sum(float(loss_of(net, 10_000 + t)) for t in range(200)) / 200
+
+    before = loss()
+    train(net, optimizer, 300)
+    forecast = grades._signal.forecast
+    falls = torch.tensor([sum(row) for row in forecast._falls])
+    error = float(falls.std() * len(falls) ** 0.5 * 2)
+    assert before - loss() > 3 * error  # or the next line would say nothing
+    assert abs(forecast.gained - (before - loss())) < 3 * error + 0.1 * (before - loss())
 
 
 def test_nothing_freezes_as_long_as_every_step_helps():
@@ -77,7 +74,7 @@ def test_nothing_freezes_as_long_as_every_step_helps():
 def test_what_gains_nothing_freezes_and_what_gains_does_not():
     net = network()
     grades, optimizer = signal_of(net, total_steps=60)
-    drive(net, optimizer, 40, STEADY | {"blocks.0.up": 0.0}, noise=1e-5)
+    drive(net, optimizer, 45, STEADY | {"blocks.0.up": 0.0}, noise=1e-5)
     assert set(grades.frozen) == {"blocks.0.up"}
     assert grades.history[-1].values[1] > 0.02
     assert not grades.done
@@ -100,38 +97,7 @@ def test_noise_without_signal_does_not_freeze_by_its_point():
     grades, optimizer = signal_of(net, total_steps=400)
     drive(net, optimizer, 100, AT_REST, noise=1.0)
     assert grades.frozen == {}
-    assert all(unrest > 0.0 for _, _, unrest in grades.progress.values())
-
-
-def test_a_frozen_matrix_thaws_when_its_gradients_agree_again():
-    net = network()
-    grades, optimizer = signal_of(net, MOVING["SGD"], total_steps=300)
-    drive(net, optimizer, 50, STEADY | {"blocks.0.up": 0.0})
-    assert set(grades.frozen) == {"blocks.0.up"}
-    weight = net.blocks[0].up.weight
-    still = weight.detach().clone()
-    wanted = []
-    for t in range(51, 120):
-        wanted.append(weight.requires_grad)
-        drive(net, optimizer, 1, STEADY | {"blocks.0.up": 0.5}, start=t)
-        if not any("blocks.0.up" in r.thawed for r in grades.history):
-            assert torch.equal(weight, still)
-    thawed = [r.step for r in grades.history if "blocks.0.up" in r.thawed]
-    assert len(thawed) == 1
-    assert sum(wanted[: thawed[0] - 51]) <= (thawed[0] - 51) // 4 + 2  # two steps of every eight
-    assert not torch.equal(weight, still)
-    assert "blocks.0.up" not in grades.frozen
-
-
-def test_enough_is_a_share_of_elements():
-    quiet, last = AT_REST | {"rest": 0.0}, MATRICES[-1]
-    for enough, done in ((0.75, True), (0.76, False), (1.0, False)):
-        net = network()
-        grades, optimizer = signal_of(net, MOVING["SGD"], total_steps=400, enough=enough)
-        drive(net, optimizer, 20, STEADY)
-        drive(net, optimizer, 200, quiet | {last: 1e-2}, start=21)
-        assert set(grades.frozen) == set(MATRICES) - {last}
-        assert grades.done == done
+    assert all(abs(gain) < 3 * error for gain, error in grades.progress.values())
 
 
 def test_the_model_trains_as_without():
@@ -148,34 +114,35 @@ def test_a_non_finite_gradient_leaves_the_forecast_as_it_was():
     net = network()
     grades, optimizer = signal_of(net, total_steps=60)
     drive(net, optimizer, 41, STEADY)
-    before = {name: drift / 59 for name, (drift, *_) in grades.progress.items()}
+    known = [row[1] for row in grades._signal.forecast._falls]
     drive(net, optimizer, 1, STEADY | {"blocks.0.up": float("nan")}, start=42)
     drive(net, optimizer, 1, STEADY, start=43)
-    after = {name: drift / 57 for name, (drift, *_) in grades.progress.items()}
-    assert after["blocks.0.up"] * 17 == pytest.approx(before["blocks.0.up"] * 19, rel=0.2)
-    assert "blocks.0.up" not in grades.frozen
+    rows = grades._signal.forecast._falls
+    assert [row[1] for row in rows[:-1]] == known
+    assert math.isnan(rows[-1][0])
+    assert math.isfinite(rows[-1][1])
+    assert grades.frozen == {}
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
 def test_an_optimizer_without_momentum_is_refused(make):
     net = network()
-    with pytest.raises(ValueError, match=f"optimizer is {make.__name__} without momentum; with metric 'signal'"):
+    with pytest.raises(ValueError, match=f"optimizer is {make.__name__} with momentum 0; with metric 'signal'"):
         signal_of(net, lambda p: make(p, lr=0.1))
 
 
-@pytest.mark.parametrize("cut", [9, 30, 31, 55, 56, 71])
+@pytest.mark.parametrize("cut", [9, 30, 60, 61])
 def test_a_resumed_run_continues_exactly(cut):
-    """Cut before a forecast, with a reading under way, and between the two steps of a probe."""
+    """Cut before a forecast, with a reading under way, and between the two steps of one; before and after freezing."""
 
     def gradients(net, optimizer, first, last):
         for t in range(first, last + 1):
-            drive(net, optimizer, 1, STEADY | {"blocks.0.up": 0.0 if t < 60 else 0.5}, start=t)
+            drive(net, optimizer, 1, STEADY | {"blocks.0.up": 0.0}, start=t)
 
     whole, parts = network(), network()
     grades, optimizer = signal_of(whole, MOVING["SGD"], total_steps=300)
     gradients(whole, optimizer, 1, 110)
-    assert any(r.froze for r in grades.history)
-    assert any(r.thawed for r in grades.history)
+    assert grades.frozen.keys() == {"blocks.0.up"}
 
     before, optimizer = signal_of(parts, MOVING["SGD"], total_steps=300)
     gradients(parts, optimizer, 1, cut)

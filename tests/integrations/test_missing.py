@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,21 @@ from grgauge import AdamW, Gauge
 
 pytestmark = pytest.mark.engines
 
+ROOT = Path(__file__).parents[2]
+
 BLOCKED = """
 import sys
 sys.modules[{framework!r}] = None  # as if it were not installed: importing it raises
 import grgauge.integrations.{framework}
 """
+
+
+def oldest(framework):
+    """What the framework's extra asks for."""
+    found = re.search(
+        rf'^\w+ = \["{framework}(?:\[\w+\])?>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    return found.group(1)
 
 
 @pytest.mark.parametrize(
@@ -41,19 +53,20 @@ def test_a_missing_framework(framework, extra):
 
 
 @pytest.mark.parametrize(
-    ("framework", "version", "oldest"),
-    [
-        ("transformers", "4.57.6", "5"),
-        ("lightning", "2.3.3", "2.4"),
-        ("optuna", "3.6.2", "4"),
-        ("ray", "2.43.0", "2.44"),
-    ],
+    ("framework", "version"),
+    [("transformers", "5.9.0"), ("lightning", "2.4.0"), ("optuna", "3.6.2"), ("ray", "2.43.0")],
 )
-def test_a_framework_that_is_too_old(framework, version, oldest, monkeypatch):
+def test_a_framework_that_is_too_old(framework, version, monkeypatch):
     monkeypatch.setattr(pytest.importorskip(framework), "__version__", version)
     monkeypatch.delitem(sys.modules, f"grgauge.integrations.{framework}", raising=False)
-    with pytest.raises(ImportError, match=rf"needs {framework} {oldest} or newer, not {version}$"):
+    with pytest.raises(ImportError, match=rf"needs {framework} {oldest(framework)} or newer, not {version}$"):
         importlib.import_module(f"grgauge.integrations.{framework}")
+
+
+@pytest.mark.parametrize("framework", ["transformers", "lightning", "optuna", "ray", "timm"])
+def test_the_page_names_the_oldest_version(framework):
+    page = (ROOT / f"docs/integrations/{framework}.md").read_text()
+    assert re.search(rf"It needs {framework}( Tune)? {oldest(framework)} or newer", page, re.IGNORECASE)
 
 
 def test_the_oldest_version_itself_is_new_enough():

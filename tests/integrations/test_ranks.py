@@ -20,18 +20,23 @@ from grgauge import AdamW, Reading
 SCRIPT = Path(__file__).parent / "trainers.py"
 
 
-def trained(folder, which):
-    """What both ranks say."""
-    torchrun(2, SCRIPT, str(folder), which)
-    return [json.loads((folder / f"{which}-{rank}.json").read_text()) for rank in range(2)]
+def trained(folder, *runs):
+    """Run -> what both ranks say of it."""
+    torchrun(2, SCRIPT, str(folder), *runs)
+    return {run: [json.loads((folder / f"{run}-{rank}.json").read_text()) for rank in range(2)] for run in runs}
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("trainers"), "transformers", "grades")
 
 
 def readings(done):
     return [Reading.from_dict(values) for values in done["readings"]]
 
 
-def test_transformers_with_accumulation_clipping_and_padding(tmp_path):
-    ranks = trained(tmp_path, "transformers")
+def test_transformers_with_accumulation_clipping_and_padding(trainers):
+    ranks = trainers["transformers"]
     assert ranks[0]["readings"] == ranks[1]["readings"]
     assert ranks[0]["batch_size"] == 8
     assert len(ranks[0]["lines"]) == 2
@@ -60,14 +65,14 @@ def test_transformers_with_accumulation_clipping_and_padding(tmp_path):
     assert_reads(readings(ranks[0]), truths, raw=True, rel=1e-3)
 
 
-def test_grades_freezes_alike_on_both_ranks_and_ends_the_run(tmp_path):
-    ranks = trained(tmp_path, "grades")
+def test_grades_freezes_alike_on_both_ranks_and_ends_the_run(trainers):
+    ranks = trainers["grades"]
     assert ranks[0]["frozen"] == ranks[1]["frozen"] != {}
     assert ranks[0]["steps"] == ranks[1]["steps"] < 61
 
 
 def test_lightning_with_clipping(tmp_path):
-    ranks = trained(tmp_path, "lightning")
+    ranks = trained(tmp_path, "lightning")["lightning"]
     assert ranks[0]["readings"] == ranks[1]["readings"]
     assert ranks[0]["batch_size"] == 2 * MICRO
     assert len(ranks[0]["lines"]) == 2

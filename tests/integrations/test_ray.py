@@ -15,6 +15,7 @@ from torch import nn
 
 from grgauge import AdamW, Config, Gauge, Reading, suggest
 
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # Ray before 2.51 asks for it when it is imported
 ray = pytest.importorskip("ray")
 from ray import cloudpickle, train, tune  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model  # noqa: E402

@@ -5,12 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engines
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        not (find_spec("timm") and find_spec("torchvision")),
+        reason="timm imports torchvision, built for one torch: pip install timm torchvision",
+    ),
+]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "timm_optimizer.py"
 
-PROGRAM = """
+OPERATORS = """
 import torch
 # torchvision's compiled operators load with the torch they were compiled for only; timm's optimizers need none of them.
 operators = torch.library.Library("torchvision", "DEF")
@@ -22,7 +30,8 @@ except RuntimeError:
         del sys.modules[name]
     for name in ("nms", "qnms"):
         operators.define(f"{name}() -> ()")
-
+"""
+PROGRAM = """
 import timm.optim
 from timm.layers import create_conv2d
 import grgauge
@@ -48,11 +57,27 @@ print(gauge.reading())
 """
 
 
-@pytest.mark.skipif(
-    not (find_spec("timm") and find_spec("torchvision")),
-    reason="timm imports torchvision, built for one torch: pip install timm torchvision",
-)
+def run(program):
+    done = subprocess.run([sys.executable, "-c", OPERATORS + program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_an_optimizer_by_name_with_injected_arguments_trains_and_is_gauged():
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("Reading(step=10, batch_size=8, gr_t=")
+    assert run(PROGRAM).startswith("Reading(step=10, batch_size=8, gr_t=")
+
+
+def test_a_torchvision_for_another_torch_is_named(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import grgauge.integrations.timm"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: grgauge.integrations.timm needs timm 1.0.12 or newer, with the torchvision")
+    assert "(operator torchvision::nms does not exist)" in last
+
+
+def test_the_example():
+    printed = run(f"import runpy; runpy.run_path({str(EXAMPLE)!r})").splitlines()
+    assert [line.split(":")[0] for line in printed] == [f"step {step}" for step in range(10, 51, 10)]
+    assert "GR_T" in printed[-1]
+    assert "GR_S" in printed[-1]

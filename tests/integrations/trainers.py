@@ -99,9 +99,9 @@ def of_lightning() -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    which = sys.argv[2]
-    done = of_lightning() if which == "lightning" else of_transformers(which == "grades")
-    rank = torch.distributed.get_rank()
-    (FOLDER / f"{which}-{rank}.json").write_text(json.dumps(done))
+    for which in sys.argv[2:]:
+        done = of_lightning() if which == "lightning" else of_transformers(which == "grades")
+        rank = torch.distributed.get_rank()
+        (FOLDER / f"{which}-{rank}.json").write_text(json.dumps(done))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import grgauge_kernels as gk
@@ -33,7 +33,6 @@ def test_a_plan_visits_each_element_of_each_segment_once(sizes, data):
     assert plan.scale.tolist() == [0.0 if i in skip or not n else 1.0 for i, n in enumerate(sizes)]
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, sample=st.none() | st.integers(1, 6 * CHUNK), replicates=st.sampled_from([0, 16]))
 def test_aligned_states_lie_apart_and_change_nothing_else(sizes, sample, replicates):
     bucket = gk.Bucket([torch.empty(n) for n in sizes])
@@ -56,7 +55,6 @@ def test_align_must_be_positive():
         gk.Bucket([torch.empty(10)]).plan(align=0)
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, sample=st.integers(1, 6 * CHUNK), seed=st.integers(0, 2**64 - 1))
 def test_a_sample_is_stratified_blocks_without_overlap(sizes, sample, seed):
     plan = gk.Bucket([torch.empty(n) for n in sizes]).plan(sample=sample, seed=seed)

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import grgauge_kernels as gk
@@ -137,7 +137,6 @@ def test_only_errors_ask_for_more_than_a_block_of_each():
     assert bucket.plan(sample=1, replicates=8).numel == 2 * FEWEST * BLOCK
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, sample=st.integers(1, 100 * BLOCK), seed=SEEDS, replicates=st.integers(0, 100), data=st.data())
 def test_parts_make_up_a_sample_whatever_they_are(sizes, sample, seed, replicates, data):
     bucket = gk.Bucket([torch.empty(n) for n in sizes])

@@ -155,7 +155,7 @@ def test_a_sampled_plan_reads_only_its_elements(backend):
     torch.testing.assert_close(ema, picked * (1 - 0.9), rtol=1e-6, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 3 * CHUNK), min_size=1, max_size=5),
     power=st.integers(-40, 40),
@@ -174,7 +174,7 @@ def test_sums_scale_as_they_must(sizes, power, seed):
     assert torch.equal(one[:, 0], one[:, 3])  # from zero, the difference is the gradient
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n=st.integers(1, 2 * CHUNK), cut=st.integers(0, 2 * CHUNK), seed=st.integers(0, 2**31))
 def test_sums_add_up_over_segments(n, cut, seed):
     g = torch.randn(n, generator=torch.Generator().manual_seed(seed))

@@ -22,7 +22,7 @@ from .halves import _part as _part
 from .micro_batches import MicroBatches
 from .sources import ClippingSource, FusedSource, OwnSource, Sample, require_readable
 from .statistics import Statistics
-from .windows import Settings, Windows
+from .windows import Windows
 
 if TYPE_CHECKING:
     from .ranks import CommHook, Ranks
@@ -336,7 +336,7 @@ class Gauge:
         Returns:
             Plain values and tensors, for torch.save.
         """
-        self._windows.finish(self._settings)
+        self._windows.finish(self)
         return {
             "step": self._windows.step,
             "batch_size": self.batch_size,
@@ -415,11 +415,7 @@ class Gauge:
 
     def _take(self, sums: list[BucketSums]) -> None:
         nothing = self._ranks is None and not any(bucket.plan.numel for bucket in sums)
-        self._windows.take([] if nothing else sums, self._settings)
-
-    @property
-    def _settings(self) -> Settings:
-        return Settings(self.batch_size, self.groups, self.every)
+        self._windows.take([] if nothing else sums, self)
 
     @property
     def _ranks(self) -> Ranks | None:

@@ -44,7 +44,7 @@ class Rows:
     plans   the plan of each of `parts`
     """
 
-    sums: Array
+    sums: Array = np.empty((0, 0, len(gk.STATS)))
     parts: Sequence[Array] = ()
     plans: Sequence[gk.Plan] = ()
     seen: npt.NDArray[np.bool_] | None = None
@@ -53,7 +53,7 @@ class Rows:
 
     def __init__(self, rows: list[list[BucketSums]], arrays: Iterator[Array]) -> None:
         if not rows:
-            self.sums, self.totals, self.taken = np.empty((0, 0, len(gk.STATS))), [], []
+            self.totals, self.taken = [], []
             return
         parts = [next(arrays) for _ in rows[0]]
         if parts[0].shape[2] > len(gk.STATS):
@@ -72,7 +72,8 @@ class Rows:
             ]
             self.seen = np.array([np.concatenate(row) for row in visited])
         self.sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        self.totals = np.add.reduce(self.sums, axis=1).tolist()
+        one = self.sums.shape[1] == 1
+        self.totals = (self.sums[:, 0] if one else np.add.reduce(self.sums, axis=1)).tolist()
         self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
 
 
@@ -163,13 +164,15 @@ class Table:
         self.grad_sq = np.zeros(len(names))  # V, still without bias correction
         self.moment_sq: Callable[[], Array] = functools.partial(np.zeros, len(names))
         self._recent: list[Rows] = []  # passes that `steps` and `grad_sq` do not have yet
+        self._unfolded = 0  # their number
         self._uneven = False
 
     def fold(self, rows: Rows) -> list[float]:
         """Add passes. Returns the sum g^2 of each, where V stands in for a segment without gradient."""
         if rows.seen is None:
             self._recent.append(rows)
-            if sum(len(recent.totals) for recent in self._recent) >= UNFOLDED:
+            self._unfolded += len(rows.totals)
+            if self._unfolded >= UNFOLDED:
                 self._settle()
             return [rows.totals[i][GRAD_SQ] for i in rows.taken]
         self._settle()
@@ -184,7 +187,7 @@ class Table:
 
     def _settle(self) -> None:
         self.steps, self.grad_sq = _advanced(self.steps, self.grad_sq, self._recent, self.beta)
-        self._recent = []
+        self._recent, self._unfolded = [], 0
 
     @property
     def uneven_grad_sq(self) -> float | None:
@@ -252,8 +255,8 @@ def _advanced(steps: Array, grad_sq: Array, recent: Sequence[Rows], beta: float)
     """`steps` and uncorrected V of each segment after more steps that all segments took part in."""
     for rows in recent:
         steps = steps + len(rows.taken)
-        for i in rows.taken:
-            grad_sq = beta * grad_sq + (1 - beta) * rows.sums[i, :, GRAD_SQ]
+        for now in (1 - beta) * rows.sums[rows.taken][:, :, GRAD_SQ]:
+            grad_sq = beta * grad_sq + now
     return steps, grad_sq
 
 

@@ -32,12 +32,11 @@ class FusedSource:
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, beta: float) -> bool:
         """With clipping inside the step, the first moment is one of clipped gradients; the gauge needs raw ones."""
-        fused = isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None and optimizer.sums_all
-        return fused and all(group["betas"][0] == beta for group in optimizer.param_groups)
+        return isinstance(optimizer, AdamW) and optimizer.sums_all and _is_raw(optimizer, beta)
 
     def problem(self) -> Unavailable | None:
-        """Why there is no GR_T just now."""
-        if self.fits(self._optimizer, self._beta):
+        """Why there is no GR_T after the step just done."""
+        if self._optimizer.summed_all and _is_raw(self._optimizer, self._beta):
             return None
         betas = [group["betas"][0] for group in self._optimizer.param_groups]
         return Unavailable(f"betas[0] is now {betas}, the gauge's beta {self._beta}; make a new Gauge")
@@ -50,6 +49,11 @@ class FusedSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _require_kind(state, "fused")
+
+
+def _is_raw(optimizer: AdamW, beta: float) -> bool:
+    """True if the first moment is the m of GR_T, where the kernels take all parameters."""
+    return optimizer.max_grad_norm is None and all(group["betas"][0] == beta for group in optimizer.param_groups)
 
 
 class ClippingSource:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WARM_UP = 20
 """Steps before GR_T is ready: uncorrelated gradients then read 79 % of their final value."""
 
+NO_ROWS = Rows([], iter(()))
+
 NOTHING_TRAINED = Unavailable("no parameter of the optimizer has a gradient")
 
 
@@ -66,10 +68,10 @@ class Statistics:
         arrays = iter(window.transfer.arrays())
         ages = Ages([next(arrays) for _ in window.rows[-1]] if window.rows else [])
         rows = Rows(window.rows, arrays)
-        for grad_sq in self.table.fold(rows):
+        for i, grad_sq in zip(rows.taken, self.table.fold(rows), strict=True):
             self._temporal.update(grad_sq)
+            self._nonfinite += int(rows.totals[i][NONFINITE])
         self.sample_error.fold(rows)
-        self._nonfinite += int(sum(rows.totals[i][NONFINITE] for i in rows.taken))
         if rows.taken:
             self._last = rows, rows.taken[-1]
         if not window.read:
@@ -77,10 +79,10 @@ class Statistics:
         sampled, changed = 0.0, None
         groups: Groups | Unavailable
         if window.ranks is not None:
-            groups = window.ranks.groups(next(arrays).tolist(), window.settings.batch_size, window.calls)
+            groups = window.ranks.groups(next(arrays).tolist(), window.batch_size, window.calls)
         else:
             micro = _micro_rows(window.micro, [*arrays])
-            groups = window.micro.groups(micro, window.settings.groups, window.settings.batch_size)
+            groups = window.micro.groups(micro, window.groups, window.batch_size)
             if isinstance(groups, Groups):
                 sampled = self.sample_error.of_groups(micro, groups.weights)
             if window.comparable and len(window.rows) - 1 in rows.taken:
@@ -96,19 +98,17 @@ class Statistics:
         spatial, spatial_note = self._read_spatial(window, groups)
         gr_s_error, mu_error = 0.0, 0.0
         if isinstance(groups, Groups):
-            gr_s_error, mu_error = _spread(groups, sampled, window.settings.batch_size)
+            gr_s_error, mu_error = _spread(groups, sampled, window.batch_size)
         sums = None if self._last is None else self._last[0].sums[self._last[1]]
         grad_norm = math.nan if self._last is None else math.sqrt(self._last[0].totals[self._last[1]][GRAD_SQ])
         return Reading(
             step=window.step,
-            batch_size=window.settings.batch_size,
+            batch_size=window.batch_size,
             gr_t=gr_t,
             gr_t_error=gr_t_error,
             finite_time_factor=finite_time_factor(ages.oldest, self._beta),
-            gr_s=_known(spatial.gr_s(window.settings.batch_size)) if spatial else None,
-            gr_s_error=_known(math.hypot(spatial.gr_s_error(window.settings.batch_size), gr_s_error))
-            if spatial
-            else None,
+            gr_s=_known(spatial.gr_s(window.batch_size)) if spatial else None,
+            gr_s_error=_known(math.hypot(spatial.gr_s_error(window.batch_size), gr_s_error)) if spatial else None,
             noise_scale=_known(spatial.noise_scale) if spatial else None,
             noise_scale_error=_known(math.hypot(spatial.noise_scale_error, mu_error)) if spatial else None,
             grad_norm=grad_norm,
@@ -143,13 +143,15 @@ class Statistics:
             return self._spatial if kept else None, groups.note("GR_S")
         if self._spatial.ready:
             return self._spatial, None
-        steps = self._spatial.readings_until_ready * window.settings.every
+        steps = self._spatial.readings_until_ready * window.every
         needs = f"~{steps:.0f} more steps" if math.isfinite(steps) else "more signal"
         return self._spatial, f"GR_S not ready: needs {needs}"
 
 
 def _micro_rows(micro: Collected, arrays: list[Array]) -> Rows:
     """The sums of the micro-batches that are in the step's gradient, on the host."""
+    if not micro.sums:
+        return NO_ROWS
     norms = arrays.pop() if micro.norms is not None else None
     before = len(micro.sums)
     micro.judge(norms)

@@ -23,20 +23,18 @@ class Transfer:
 
     def __init__(self, tensors: Sequence[Tensor], summed: Sequence[Tensor] = (), group: Any = None) -> None:
         self._events: list[Any] = []
-        self._copies = [self._copy(t) for t in tensors]
+        self._copies = [t if t.is_cpu else self._copy(t) for t in tensors]
         self._shapes = [tuple(t.shape) for t in summed]
         self._work: Any = None
         if summed:
             together = torch.cat([t.reshape(-1) for t in summed])
             self._work = dist.all_reduce(together, group=group, async_op=True)
-            if together.device.type != "cpu":
+            if not together.is_cpu:
                 self._work.wait()  # the stream waits, not the host: the copy comes after the sum
                 self._work = None
-            self._copies.append(self._copy(together))
+            self._copies.append(together if together.is_cpu else self._copy(together))
 
     def _copy(self, t: Tensor) -> Tensor:
-        if t.device.type == "cpu":
-            return t
         pinned = torch.empty(t.shape, dtype=torch.float64, pin_memory=True)
         pinned.copy_(t, non_blocking=True)
         event = torch.Event(t.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +31,8 @@ STEPS_AT_ONCE = 64
 """The most steps whose sums travel together, so that memory is bounded where readings are far apart."""
 
 
-@dataclass
-class Settings:
-    """What a user may change at any time; see `Gauge`."""
+class Settings(Protocol):
+    """What a user may change at any time; see `Gauge`, which has them."""
 
     batch_size: float
     groups: int | None
@@ -48,8 +47,9 @@ class Window:
     micro       the micro-batches of the last one, if it is read
     transfer    the steps' ages and sums, then what `micro` and `ranks` need
     read        True if they make a reading
-    comparable  True if the norm of the micro-batches' gradient and that of the step's should be the same
+    comparable  True if there are micro-batches whose gradient should have the same norm as the step's
     lr          learning rate of the last step, None if unknown
+    batch_size, groups, every   the settings then
     """
 
     rows: list[list[BucketSums]]
@@ -57,7 +57,9 @@ class Window:
     transfer: Transfer
     read: bool
     step: int
-    settings: Settings
+    batch_size: float
+    groups: int | None
+    every: int
     problem: Unavailable | None
     comparable: bool
     ranks: Ranks | None
@@ -189,9 +191,11 @@ class Windows:
                 transfer=Transfer([*ages, *tensors], summed, ranks.group if ranks else None),
                 read=read,
                 step=self.step,
-                settings=settings,
+                batch_size=settings.batch_size,
+                groups=settings.groups,
+                every=settings.every,
                 problem=self._problem(),
-                comparable=self._comparable(),
+                comparable=bool(micro.sums) and self._comparable(),
                 ranks=ranks,
                 calls=calls,
                 lr=_lr_on_host(self._optimizer) if read else None,

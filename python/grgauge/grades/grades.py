@@ -21,13 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from ..gauge import Transfer
 from ..optim import reciprocal, unwrapped
 from .forecast import Forecast
-from .gradients import LARGEST_SAMPLE, Metric, gradient_buckets
+from .gradients import Metric, default_sample, gradient_buckets
 from .matrix import Scale, monitored
 from .progress import require_momentum
-from .signal import Progresses, Signal
+from .signal import Signal
 
 PROBE = 4
-"""With `thaw` or "signal", the frozen matrices are read in every fourth reading as well."""
+"""With `thaw`, the frozen matrices are read in every fourth reading as well."""
+
+
+FEWEST = 2**18
+"""Elements, 1 MiB of state: "signal" reads no fewer, of a model that has as many."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class MatrixReading:
         step: The optimizer step whose gradients were read.
         values: In the order of `GradES.matrices`, NaN where there is none. "delta" and "norm": mean over elements of
             |g_t - g_{t-1}| or |g_t|. "signal": the share of the run's gain that freezing this matrix alone would
-            forfeit, the upper end of its interval.
+            forfeit, the upper end of its interval; of a frozen one, what it was.
         froze: Matrices that this step's update was the last of.
         thawed: Frozen matrices that are updated again from step + 2 on.
     """
@@ -52,10 +56,12 @@ class MatrixReading:
 class GradES:
     """Freezes weight matrices one by one, once there is evidence that they have little left to gain.
 
-    signal  What a matrix's updates do to the loss, to first order, without the part that is noise; see
+    signal  By how much a matrix's updates make the loss of other batches fall, without the part that is noise; see
             `grgauge.grades.progress`. The forecast for the rest of the run has an interval, and its upper end counts:
-            matrices freeze as long as all that is frozen forfeits at most `epsilon` of the run's gain. Nothing else has
-            to be chosen. Where gradients are noisy, the interval is wide and little freezes.
+            matrices freeze, and the run ends, as long as that forfeits at most `epsilon` of the run's gain. Nothing
+            else has to be chosen. Where gradients are noisy, the interval is wide and little freezes. Progress is
+            taken to slow down steadily: a learning rate that stays high and falls at the very end brings a gain that
+            no reading announces. Let alpha reach to where it falls.
     delta   G_W(t) = sum |g_t - g_{t-1}| < tau   (Eq. 1, Algorithm 1)
     norm    G_W(t) = sum |g_t| < tau             (the paper's text)
 
@@ -88,17 +94,17 @@ class GradES:
     Args:
         model: The module that is trained: under DDP the wrapped one, under FSDP2 the one after fully_shard.
         optimizer: Any torch optimizer but LBFGS, over all or some of the model's parameters; only those are monitored.
-            "signal" needs Adam's two moments or SGD's momentum.
+            "signal" needs Adam's two moments or SGD's momentum, of 0.5 or more.
         total_steps: Optimizer steps that the run is to have.
         metric: "signal", "delta" or "norm".
-        epsilon: With "signal": the share of the run's gain in training loss that freezing may forfeit.
+        epsilon: With "signal": the share of the run's gain, in loss, that may be forfeited: up to half of it by
+            freezing matrices, all of it by ending.
         tau: With "delta" and "norm", where it has no default: freeze below this. `scale` says in which unit.
         alpha: No freezing in the first ceil(alpha total_steps) steps. None: 0.5 as in the paper, 0 with "signal".
         patience: Readings in a row that it takes.
         thaw: With "delta" and "norm": a frozen matrix takes part again once it reads this or more, in the units of tau.
             None: frozen for good, as in the paper. To find out, the gradients of frozen matrices are computed for every
-            fourth reading, in one step ("norm") or two ("delta", "signal"); a clipping of your own sees them then.
-            "signal" always does so, and thaws what by the lower end of its interval would gain more than was forfeited.
+            fourth reading, in one step ("norm") or two ("delta"); a clipping of your own sees them then.
         modules: "auto", or a regular expression. "auto" takes the 2-D weights of linear layers (Linear, Conv1D, fused
             qkv; no embeddings) inside repeated blocks: the modules with children in a ModuleList, or modules of one
             type in a Sequential or ModuleDict. A weight that is tied to one elsewhere is left out. A regular expression
@@ -107,13 +113,13 @@ class GradES:
         scale: Of tau. "level": a share of the matrix's own level, the mean of its first five readings after `warmup`.
             "element": a mean over elements. "matrix": a sum over the matrix, as in the paper.
         warmup: Steps before the level is taken, or before readings count in a forecast; None: a tenth of total_steps.
-        every: Steps between readings; between them nothing is computed. At least 2 with "delta" and "signal".
-        sample: Elements to read on each rank. None: with "signal", which keeps no state, 2^24 of all that is trained;
-            else as many as keep the state of "delta" at 0.5 % of the size of the monitored parameters, at most 2^24.
-            "delta" and "norm" read at least a block of each matrix, small ones whole.
+        every: Steps between readings; between them nothing is computed. At least 2 with "delta" and "signal". None: 10;
+            with "signal" fewer in runs of less than 2000 steps, total_steps / 200.
+        sample: Elements to read on each rank. None: as many as keep the state, one gradient from a step to the next in
+            float32, at 0.5 % of the size of the monitored parameters ("delta", "norm") or the whole model ("signal"),
+            at most 2^24. "delta" and "norm" read at least a block of each matrix, small ones whole; "signal" at least
+            2^18 elements of all that is trained.
         seed: Which elements a sample of "delta" and "norm" takes.
-        enough: With "signal": share of the monitored elements that must be frozen for `done`. A threshold is no
-            evidence that a matrix has come to rest, so with "delta" and "norm" it is all of them, as in the paper.
 
     Raises:
         ValueError: For a number out of range, an argument that belongs to another metric, an optimizer without momentum
@@ -145,10 +151,9 @@ class GradES:
         modules: str = "auto",
         scale: Scale = "level",
         warmup: int | None = None,
-        every: int = 10,
+        every: int | None = None,
         sample: int | None = None,
         seed: int = 0,
-        enough: float = 1.0,
     ) -> None:
         for name, word, words in (("metric", metric, get_args(Metric)), ("scale", scale, get_args(Scale))):
             if word not in words:
@@ -168,8 +173,6 @@ class GradES:
             raise ValueError(f"tau is None; metric {metric!r} needs a threshold, and none suits every model")
         elif not 0.0 < tau < math.inf:
             raise ValueError(f"tau is {tau}; it must be above 0 and finite")
-        elif enough != 1.0:
-            raise ValueError(f"enough is {enough}; with metric {metric!r}, which has no evidence of rest, it must be 1")
         elif thaw is not None and not thaw > tau:
             raise ValueError(f"thaw is {thaw}; it must be above tau = {tau}, or None")
         alpha = (0.0 if signal else 0.5) if alpha is None else alpha
@@ -177,10 +180,10 @@ class GradES:
             raise ValueError(f"epsilon is {epsilon}; it must lie inside (0, 1)")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
-        if not 0.0 < enough <= 1.0:
-            raise ValueError(f"enough is {enough}; it must lie in (0, 1]")
         least_every = 1 if metric == "norm" else 2
         warmup = math.ceil(total_steps / 10) if warmup is None else warmup
+        if every is None:
+            every = min(10, max(2, total_steps // 200)) if signal else 10
         for name, value, least in (
             ("total_steps", total_steps, 1),
             ("patience", patience, 1),
@@ -191,7 +194,7 @@ class GradES:
             if not value >= least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.tau, self.thaw, self.metric, self.scale, self.epsilon = tau, thaw, metric, scale, epsilon
-        self.patience, self.warmup, self.every, self.enough = patience, warmup, every, enough
+        self.patience, self.warmup, self.every = patience, warmup, every
         self.grace = math.ceil(alpha * total_steps)
         self.history: list[MatrixReading] = []
         self._done = False
@@ -201,7 +204,8 @@ class GradES:
         self._signal: Signal | None = None
         if signal:
             forecast = Forecast(len(self._matrices), total_steps, every, warmup)
-            self._signal = Signal(optimizer, self._matrices, forecast, epsilon, sample or LARGEST_SAMPLE)
+            sample = sample or max(FEWEST, default_sample(model.parameters()))
+            self._signal = Signal(optimizer, self._matrices, forecast, epsilon, sample)
         self._buckets = [] if signal else gradient_buckets(self._matrices, sample, seed)
         self._step = 0
         self._pending: _Pending | None = None
@@ -238,10 +242,10 @@ class GradES:
         return {matrix.name: matrix.level for matrix in self._matrices}
 
     @property
-    def progress(self) -> dict[str, tuple[float, float, float]]:
-        """With "signal": each matrix -> what it would still gain, as (drift, its standard error, unrest).
+    def progress(self) -> dict[str, tuple[float, float]]:
+        """With "signal": each matrix -> what it would still gain in units of the loss, and the standard error of that.
 
-        In units of the loss, for all the steps that are left; see `grgauge.grades.progress`. NaN where not known.
+        NaN where not known.
         """
         if self._signal is None:
             return {}
@@ -249,7 +253,7 @@ class GradES:
 
     @property
     def done(self) -> bool:
-        """True if all monitored matrices are frozen, or `enough`: it is time to stop. The same on all ranks.
+        """True if all monitored matrices are frozen: it is time to stop. The same on all ranks.
 
         With "signal", what all other parameters would still gain must be within `epsilon` as well.
         """
@@ -265,9 +269,7 @@ class GradES:
         """All that decisions depend on, to be taken between two steps; of FSDP2, this rank's. Waits for a reading."""
         pending: dict[str, Any] | None = None
         if self._pending is not None:
-            values = self._pending.values()
-            plain = values.state_dict() if isinstance(values, Progresses) else values
-            pending = {"step": self._pending.step, "values": plain}
+            pending = {"step": self._pending.step, "values": self._pending.values()}
         filled = self.metric == "delta" and (self._step + 1) % self.every == 0
         return {
             "metric": self.metric,
@@ -304,8 +306,7 @@ class GradES:
         pending = state["pending"]
         self._pending = None
         if pending is not None:
-            values = pending["values"] if self._signal is None else Progresses.from_state(pending["values"])
-            self._pending = _Pending(pending["step"], lambda: values)
+            self._pending = _Pending(pending["step"], lambda: pending["values"])
         if self._signal is not None:
             self._signal.load_state_dict(state["signal"])
         self._apply(self._probes(self._step + 1))
@@ -343,7 +344,7 @@ class GradES:
             reading, self._pending = self._pending, None
             if self._decide(reading.step, reading.values()):
                 self._apply(self._probing)
-            self._done = self._all_rests(reading.step)
+            self._done = self._all_rests()
         if self._signal is not None:
             self._measure_progress(self._signal)
         elif self._measures(self._step) and (self._probing or len(self.frozen) < len(self._matrices)):
@@ -364,7 +365,7 @@ class GradES:
 
     def _probes(self, step: int) -> bool:
         """True if a step's gradients are those of the frozen matrices as well."""
-        probe = (self.thaw is not None or self._signal is not None) and -(-step // self.every) % PROBE == 0
+        probe = self.thaw is not None and -(-step // self.every) % PROBE == 0
         return probe and self._measures(step) and any(matrix.frozen is not None for matrix in self._matrices)
 
     def _skipped(self) -> frozenset[int]:
@@ -387,9 +388,9 @@ class GradES:
 
     def _measure_progress(self, signal: Signal) -> None:
         if self._step % self.every == 0:
-            transfer, live = self._summed(signal.measure(*self._scaling())), signal.live()
-            self._pending = _Pending(self._step, lambda: signal.reading(transfer.arrays(), live))
-        elif self._probing:
+            transfer = self._summed(signal.measure(*self._scaling()))
+            self._pending = _Pending(self._step, lambda: signal.falls(transfer.arrays()))
+        elif self._measures(self._step):
             signal.keep(*self._scaling())
 
     def _summed(self, rows: list[Tensor]) -> Transfer:
@@ -407,19 +408,14 @@ class GradES:
         metric, grad_abs, numel, broken = totals.T
         return np.where((broken == 0.0) & (grad_abs > 0.0), metric / numel, np.nan).tolist()
 
-    def _decide(self, step: int, values: Sequence[float] | Progresses) -> bool:
+    def _decide(self, step: int, values: Sequence[float]) -> bool:
         """What follows from a reading. True if a matrix was frozen or thawed."""
-        if isinstance(values, Progresses):
-            assert self._signal is not None
-            values, frozen, moving = self._signal.decide(step, values, self.patience, self.grace)
+        if self._signal is not None:
+            values, frozen = self._signal.decide(step, values, self.patience, self.grace)
             for i in frozen:
                 self._matrices[i].frozen = step
-            for i in moving:
-                self._matrices[i].thaw()
-            names = self.matrices
-            still, again = (tuple(names[i] for i in indices) for indices in (frozen, moving))
-            self.history.append(MatrixReading(step, tuple(values), still, again))
-            return bool(frozen or moving)
+            self.history.append(MatrixReading(step, tuple(values), tuple(self.matrices[i] for i in frozen)))
+            return bool(frozen)
         assert self.tau is not None
         froze, thawed = [], []
         for matrix, value in zip(self._matrices, values, strict=True):
@@ -440,10 +436,8 @@ class GradES:
         self.history.append(MatrixReading(step, tuple(values), tuple(froze), tuple(thawed)))
         return bool(froze or thawed)
 
-    def _all_rests(self, step: int) -> bool:
-        frozen = sum(matrix.numel for matrix in self._matrices if matrix.frozen is not None)
-        enough = frozen >= self.enough * sum(matrix.numel for matrix in self._matrices)
-        return enough and (self._signal is None or self._signal.rests(step))
+    def _all_rests(self) -> bool:
+        return len(self.frozen) == len(self._matrices) and (self._signal is None or self._signal.done)
 
     def _apply(self, probing: bool) -> None:
         """From the next forward on compute the gradients of those matrices only that need one."""
@@ -463,7 +457,7 @@ class _Pending:
     """A reading on its way to the host."""
 
     step: int
-    values: Callable[[], list[float] | Progresses]
+    values: Callable[[], list[float]]
 
 
 def _process_groups(model: nn.Module, params: Sequence[Tensor]) -> list[Any]:

@@ -1,25 +1,29 @@
-"""What an optimizer's updates do to the loss, to first order: what `metric="signal"` reads. Torch only, no decisions.
+"""What an optimizer's updates do to the loss of other batches: what `metric="signal"` reads. No decisions.
 
-Write u for the update that the optimizer is about to repeat, before it has seen gradient g, and p for its step size per
-element: w -= u, with
+Write u for the update that moved the weights to where gradient g was taken, h for the gradient of the step before, p
+for the optimizer's step size per element and b for its momentum: w -= u, with
 
     Adam   p = lr / (sqrt(v_hat) + eps)    u = p m_hat
     SGD    p = lr / (1 - momentum)         u = lr momentum_buffer
 
-    drift      sum u g         what the loss of a batch that had no part in u loses along u
-    unrest     sum p g^2 / 4   the excess loss that noise in the gradients keeps up at this learning rate
+    fall   ((1 + b) (2 b - 1) sum u g + (1 - b) sum p h g) / (2 b^2)
 
-The drift is the noise-corrected signal. From m_t = beta m_(t-1) + (1 - beta) g_t follows
+That is by how much the loss falls in a step. Along a step the gradient changes from that at its beginning to that at
+its end, and the loss falls by the update times the mean of the two. Summed over steps, every gradient meets half of the
+update before it and half of the one after it, b u + (1 - b) p g. That would be
 
-    2 beta (1 - beta) <m_(t-1), g_t> = |m_t|^2 - beta^2 |m_(t-1)|^2 - (1 - beta)^2 |g_t|^2:
+    (1 + b) / 2 sum u g + (1 - b) / 2 sum p g g
 
-summed over steps, <m, g> is |m|^2 without the products of gradients with themselves, which are the floor at which pure
-noise reads 19 for beta = 0.9. So noise has the expectation zero, from the first step on and for any beta, and no floor
-has to be estimated.
+were it not for the noise in g, which the last sum squares. Its signal alone is in sum p h g, but for what h did to the
+weights since: less by (1 - b) X, as sum u g is by X / (1 + b), where noise of variance s^2 meets curvature c and
+X = sum p^2 c s^2. So sum p g g without the noise is (sum p h g - (1 - b^2) sum u g) / b^2.
 
-The unrest is what is won once the learning rate falls to zero, and no drift shows it. For one coordinate with curvature
-h and noise of variance s^2, w -= p (h w + noise) settles at the variance p s^2 / (2 h), so at the excess loss
-p s^2 / 4, whatever h is. Directions too flat to have settled have less: it is an upper bound.
+Every product is of batches that have nothing in common, and noise has the expectation zero: no floor has to be
+estimated, such as the one at which pure noise reads 19 for b = 0.9. sum u g alone would not do: it is negative where
+the loss stands still, by what noise did to the weights and the next gradients undo.
+
+What a batch gains by its own step is left out. Of texts that are seen again and again, that is what is learned by
+heart. What remains is what one batch teaches about another, which is what unseen text gains.
 """
 
 from __future__ import annotations
@@ -32,16 +36,15 @@ from torch import Tensor, nn
 
 from ..optim import local
 
-COLUMNS = ("drift", "unrest", "elements")
-
 
 def require_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless all that the optimizer updates has one of the two forms above."""
+    """Raise ValueError unless all that the optimizer updates has one of the two forms above, and b >= 0.5."""
     for group in optimizer.param_groups:
-        if "betas" not in group and not group.get("momentum"):
+        beta = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
+        if not beta >= 0.5:
             raise ValueError(
-                f"optimizer is {type(optimizer).__name__} without momentum; with metric 'signal' it must be one that "
-                "keeps Adam's two moments or SGD's momentum"
+                f"optimizer is {type(optimizer).__name__} with momentum {float(beta):g}; with metric 'signal' it must "
+                "be one that keeps Adam's two moments or SGD's momentum, of 0.5 or more"
             )
 
 
@@ -51,20 +54,20 @@ def rows_of(t: Tensor, stride: int) -> Tensor:
     return t[::stride] if t.dim() else t
 
 
-def step_sizes(state: dict[str, Any], group: dict[str, Any], g: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """(p, u) of the rows that g has, from the state that the optimizer had before g."""
+def step_sizes(state: dict[str, Any], group: dict[str, Any], g: Tensor, stride: int) -> tuple[Tensor, Tensor, float]:
+    """(p, u, b) of the rows that g has, from the state that the optimizer had before g."""
     lr = group["lr"]
     if "betas" in group:
         beta1, beta2 = group["betas"]
         m, v = (rows_of(state[name], stride).float() for name in ("exp_avg", "exp_avg_sq"))
         p = lr / ((v / (1.0 - beta2 ** state["step"])).sqrt() + group["eps"])
-        return p, p * m / (1.0 - beta1 ** state["step"])
+        return p, p * m / (1.0 - beta1 ** state["step"]), beta1
     p = lr / (1.0 - group["momentum"]) * torch.ones_like(g)
-    return p, lr * rows_of(state["momentum_buffer"], stride).float()
+    return p, lr * rows_of(state["momentum_buffer"], stride).float(), group["momentum"]
 
 
 class Progress:
-    """Reads drift and unrest of parameters of one device.
+    """Reads by how much parameters of one device make the loss fall in a step.
 
     params  the parameters
     stride  every which row of a parameter is read
@@ -74,35 +77,29 @@ class Progress:
         self.params, self.stride = params, stride
         self._optimizer = optimizer
 
-    def read(self, inv_scale: Tensor | None, found_inf: Tensor | None, earlier: Sequence[Tensor | None]) -> Tensor:
-        """float64 [params, 3]: `COLUMNS`, of the rows that were read; NaN without a gradient or a state.
+    def read(self, inv_scale: Tensor | None, found_inf: Tensor | None, before: Sequence[Tensor | None]) -> Tensor:
+        """float64 [params, 2]: fall and elements of the rows that were read; NaN without a gradient or a state.
 
-        earlier  of each parameter None, or a gradient that takes the place of m_hat in u: how much an update along it
-                 would bring. That of a frozen matrix, whose m is from another time.
+        before  what `gradients` returned in the step before
         """
         rows = []
-        for p, group, before in zip(self.params, self._groups(), earlier, strict=True):
-            row = torch.full((3,), torch.nan, dtype=torch.float64, device=p.device)
+        for p, group, h in zip(self.params, self._groups(), before, strict=True):
+            row = torch.full((2,), torch.nan, dtype=torch.float64, device=p.device)
             rows.append(row)
             state = self._optimizer.state.get(p)
             g = self._gradient(p, group, inv_scale, found_inf)
-            if g is None or not state:
+            if g is None or h is None or not state:
                 continue
-            step, update = step_sizes(state, group, g, self.stride)
-            if before is not None:
-                update = step * before
-            row[0] = (update * g).sum(dtype=torch.float64)
-            row[1] = (step * g * g).sum(dtype=torch.float64) / 4.0
-            row[2] = g.numel()
+            step, update, b = step_sizes(state, group, g, self.stride)
+            moves = update * ((1.0 + b) * (2.0 * b - 1.0)) + step * h * (1.0 - b)
+            row[0] = (moves * g).sum(dtype=torch.float64) / (2.0 * b * b)
+            row[1] = g.numel()
         return torch.stack(rows)
 
-    def gradients(
-        self, inv_scale: Tensor | None, found_inf: Tensor | None, wanted: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Copies of the rows of the wanted gradients, for the next call of `read`."""
+    def gradients(self, inv_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor | None]:
+        """Copies of the rows of all gradients, for the next call of `read`."""
         found = [
-            self._gradient(p, group, inv_scale, found_inf) if want else None
-            for p, group, want in zip(self.params, self._groups(), wanted, strict=True)
+            self._gradient(p, group, inv_scale, found_inf) for p, group in zip(self.params, self._groups(), strict=True)
         ]
         return [None if g is None else g.clone() for g in found]
 

@@ -35,7 +35,7 @@ except ImportError as error:
     raise ImportError(
         "grgauge.integrations.lightning needs lightning: pip install 'grgauge-kernels[lightning]'"
     ) from error
-require_version("lightning", lightning.__version__, (2, 4))
+require_version("lightning", lightning.__version__, (2, 5))
 
 
 class GaugeCallback(Callback):

@@ -5,7 +5,8 @@
 
     def train(config):
         ...
-            if (reading := gauge.reading()) is not None:
+            reading = gauge.reading()
+            if reading is not None and reading.step == step:  # a new one
                 tune.report(metrics(reading, loss), checkpoint=checkpoint)
 
 Learning rate and batch size are top-level entries of the configuration. Where the batch size is none, it is not tuned.

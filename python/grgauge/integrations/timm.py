@@ -11,10 +11,10 @@ from ..optim import AdamW
 try:
     from timm.optim import OptimInfo
     from timm.optim._optim_factory import default_registry  # timm.optim itself exports no way to add to it
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # the latter from a torchvision for another build of torch
     raise ImportError(
-        f"grgauge.integrations.timm needs timm 1.0.12 or newer, with torchvision ({error}): "
-        "pip install 'grgauge-kernels[timm]'"
+        "grgauge.integrations.timm needs timm 1.0.12 or newer, with the torchvision of the installed torch "
+        f"({error}): pip install 'grgauge-kernels[timm]'"
     ) from error
 
 default_registry.register(

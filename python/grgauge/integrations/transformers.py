@@ -38,7 +38,7 @@ except ImportError as error:
     raise ImportError(
         "grgauge.integrations.transformers needs transformers: pip install 'grgauge-kernels[transformers]'"
     ) from error
-require_version("transformers", transformers.__version__, (5,))
+require_version("transformers", transformers.__version__, (5, 10))
 
 
 class _Watching(TrainerCallback):
@@ -247,7 +247,7 @@ class GaugeCallback(_Watching):
 
 
 class GradESCallback(_Watching):
-    """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when enough matrices are frozen.
+    """Runs `grgauge.GradES` in a Trainer's training, LoRA included, and ends it when all matrices are frozen.
 
     options   as for `grgauge.GradES`; `total_steps` are the Trainer's. metric="signal" needs nothing else; the paper's
               metrics need `tau`

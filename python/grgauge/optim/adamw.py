@@ -178,6 +178,11 @@ class AdamW(torch.optim.AdamW):
             for dtype, layout in set(map(_kind_of, group["params"]))
         )
 
+    @property
+    def summed_all(self) -> bool:
+        """True if the kernels took all parameters of the last step, so that observers have seen each gradient."""
+        return self._known is None or not self._known.others
+
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Call `observer` with the sums of every step from now on.
 
@@ -443,7 +448,7 @@ class AdamW(torch.optim.AdamW):
             and same(self.state.values(), known.state[1])
             and not any(map(operator.is_not, map(_grad_of, known.outsiders), itertools.repeat(None)))
             and not any(takes(group, p.dtype, p.layout) for group, params in known.others for p in params)
-            and all(bucket.fits() for bucket in self._buckets)
+            and all(map(ParamBucket.fits, self._buckets))
         )
 
     def _build(self) -> list[Gradients]:

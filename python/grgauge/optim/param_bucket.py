@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ PLANS = 16
 Gradients = Sequence[Tensor]
 """The gradients of one bucket, as its kernel call takes them. They are not retained after the step."""
 
-_moments_of = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
+_of = {name: operator.itemgetter(name) for name in ("step", "exp_avg", "exp_avg_sq")}
 
 
 def same(these: Collection[Any], those: Collection[Any]) -> bool:
@@ -133,12 +133,12 @@ class ParamBucket:
         first, second = (self._moments(name) for name in ("exp_avg", "exp_avg_sq"))
         self.exp_avgs, self.exp_avg_sqs = gk.Stream(map(local, first)), gk.Stream(map(local, second))
         self._all = gk.Stream([*held, *self.exp_avgs, *self.exp_avg_sqs])
-        self._tensors = list(chain.from_iterable(zip(self.steps.unbind(), first, second, strict=True)))
+        self._tensors = dict(zip(_of, (self.steps.unbind(), first, second), strict=True))
 
     def commit(self, state: dict[Tensor, Any]) -> None:
         """Put moments and step counts into the optimizer's state, for parameters with a state or a gradient."""
         for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
-            own["step"], own["exp_avg"], own["exp_avg_sq"] = self._tensors[3 * i : 3 * i + 3]
+            own.update((name, tensors[i]) for name, tensors in self._tensors.items())
             if i in self.pending and i not in self.missing:
                 state[p] = own
                 self.pending.remove(i)
@@ -159,9 +159,9 @@ class ParamBucket:
         All loops run in the interpreter's C code.
         """
         try:
-            tensors = chain.from_iterable(map(_moments_of, self.states))
-            if not all(map(operator.is_, tensors, self._tensors)):
-                return False
+            for name, tensors in self._tensors.items():
+                if not all(map(operator.is_, map(_of[name], self.states), tensors)):
+                    return False
         except KeyError:
             return False
         now = [*map(local, self.params), *self.exp_avgs, *self.exp_avg_sqs] if self.sharded else None
@@ -301,7 +301,7 @@ class ParamBucket:
         if isinstance(lr, Tensor) and lr.device != device:
             lr = float(lr)
         betas: Any = group["betas"]
-        if any(isinstance(beta, Tensor) for beta in betas):
+        if isinstance(betas[0], Tensor) or isinstance(betas[1], Tensor):
             betas = tuple(map(float, betas))
         inv_scale, found_inf = _on(device, inv_scale), _on(device, found_inf)
         counted = self.present if found_inf is None else self.present * (1 - found_inf)

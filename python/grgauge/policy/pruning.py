@@ -18,9 +18,10 @@ from .target import BLIND
 class Progress:
     """Where a trial is at one reading.
 
-    reading  what was read
-    loss     training loss since the reading before
-    trained  samples that its weights have been trained on; None: all steps had the reading's batch size
+    Attributes:
+        reading: what was read.
+        loss: training loss, of the reading's step or the mean since the reading before.
+        trained: samples that the weights have been trained on. None: all steps had the reading's batch size.
     """
 
     reading: Reading
@@ -29,29 +30,46 @@ class Progress:
 
     @property
     def samples(self) -> float:
-        """That its weights have been trained on."""
+        """Samples that the weights have been trained on."""
         return self.reading.step * self.reading.batch_size if self.trained is None else self.trained
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Ends trials by their gauges and their training losses; no validation is needed.
+    """Ends trials by their gauges and training losses, without validation.
 
-    warm_up   steps before gauges are judged
-    patience  readings in a row that must agree
-    zone      GR_T of healthy training, with room for noise: a trial inside is never ended for being behind others
-    far       GR_T outside of which a learning rate is hopeless unless the loss falls, being ten times too low or more,
-              or bouncing
-    blind     GR_S above which GR_T is not judged
+    A trial is ended where one of three rules holds:
 
-    1. diverged    the newest loss is not finite, or after warm-up `patience` losses in a row are above all of
-                 the first `patience`, and the loss does not fall
-    2. far out     `patience` readings in a row are outside `far`, all on one side, and the loss does not fall
-    3. behind      `patience` readings in a row are outside `zone`, and the loss does not fall and its mean over them is
-                   above the median of other trials' at equal samples. The loss alone would favour low learning rates:
-                   what falls fast at first wins early
+    1. **diverged**: the newest loss is not finite. Or the loss no longer falls, and `patience` losses in a row are
+       above each of the first `patience`.
+    2. **far out**: the loss no longer falls, and `patience` readings in a row have a GR_T below `far`, or all above.
+    3. **behind**: the loss no longer falls, `patience` readings in a row have a GR_T below `zone`, or all above, and
+       their mean loss is above the median of the other trials' at equal samples.
 
-    Raises ValueError for a number out of range.
+    Losses alone would end the wrong trials: low learning rates often lead early on and lose later. So a trial inside
+    `zone` is never ended for being behind.
+
+    Attributes:
+        warm_up: steps before anything but a loss that is not finite ends a trial.
+        patience: readings in a row that must agree.
+        zone: (low, high) GR_T of healthy training, with room for noise.
+        far: (low, high) GR_T. Below, the learning rate is ten or more times too low; above, gradients bounce.
+        blind: GR_S above which GR_T is not judged.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Examples:
+        >>> from grgauge import Reading
+        >>> from grgauge.policy import Progress, Pruning
+        >>> def at(step, gr_t, loss):
+        ...     reading = Reading(
+        ...         step=step, batch_size=64, gr_t=gr_t, gr_t_error=0.1, finite_time_factor=1.0, gr_s=0.6,
+        ...         gr_s_error=0.02, noise_scale=90.0, noise_scale_error=2.0, grad_norm=0.7, nonfinite=0, ready=True,
+        ...     )
+        ...     return Progress(reading, loss)
+        >>> print(Pruning().judge([at(step, gr_t=1.2, loss=2.3) for step in range(10, 100, 10)]))
+        far out: GR_T 1.2 [2, 100]
     """
 
     warm_up: int = 50
@@ -68,10 +86,14 @@ class Pruning:
         require(0.0 < self.blind <= 1.0, "blind", self.blind, "in (0, 1]")
 
     def judge(self, trial: Sequence[Progress], others: Sequence[Sequence[Progress]] = ()) -> Evidence | None:
-        """Why to end a trial, None to go on.
+        """Whether to end a trial.
 
-        trial   its readings so far, oldest first
-        others  those of other trials
+        Args:
+            trial: its readings so far, oldest first.
+            others: those of other trials.
+
+        Returns:
+            Why to end it, None to go on.
         """
         if not trial:
             return None
@@ -84,7 +106,7 @@ class Pruning:
             return None
         first = max(p.loss for p in trial[: self.patience])  # a single one may be low by chance
         falling = self._falls(trial)
-        if not falling and len(trial) >= 2 * self.patience and all(p.loss > first for p in judged):
+        if not falling and all(p.loss > first for p in judged):
             return Evidence("diverged", step, "loss", newest.loss, (-math.inf, first))
         gr_t = [self._gr_t(p.reading) for p in judged]
         known = [value for value in gr_t if value is not None]
@@ -110,7 +132,7 @@ class Pruning:
         return _fall(losses) or _fall(losses[-2 * self.patience :])
 
     def _gr_t(self, reading: Reading) -> float | None:
-        """GR_T as it will be once it has settled; None where it says nothing."""
+        """GR_T over the reading's finite-time factor; None where it says nothing."""
         blind = reading.gr_s is not None and reading.gr_s > self.blind
         if reading.gr_t is None or reading.finite_time_factor <= 0.0 or blind:
             return None
@@ -128,7 +150,7 @@ def _fall(losses: Sequence[float]) -> bool:
 
 
 def _loss_over(trial: Sequence[Progress], when: Sequence[Progress]) -> float | None:
-    """A trial's mean loss at the samples of another one's readings; None where it has not been at one of them."""
+    """A trial's mean loss at the samples of another one's readings; None if it has no loss at one of them."""
     losses = [loss for p in when if (loss := _loss_at(trial, p.samples)) is not None]
     return fmean(losses) if len(losses) == len(when) else None
 

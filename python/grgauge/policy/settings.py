@@ -14,7 +14,7 @@ from .target import BLIND, Target
 
 @dataclass(eq=False)
 class Settings:
-    """The arguments of `Policy`, where they are explained."""
+    """The arguments of `Policy`, checked. `Policy` explains them."""
 
     target: Target = field(default_factory=Target)
     _: KW_ONLY
@@ -62,11 +62,11 @@ class Settings:
 
     @property
     def z(self) -> float:
-        """Standard errors on either side of an interval of that confidence."""
+        """Half the width of an interval of that confidence, in standard errors."""
         return NormalDist().inv_cdf(0.5 + 0.5 * self.confidence)
 
     def fit(self, config: Config, lr: float, batch_size: float) -> Config:
-        """The nearest configuration to that learning rate and batch that is allowed; the rest as in `config`."""
+        """`config` with the allowed learning rate and batch that are nearest to those given."""
         low, high = self.lr_bounds
         m = self.batch_multiple
         most, least = self.max_batch // m * m, -(-self.min_batch // m) * m

@@ -1,4 +1,4 @@
-"""The next configuration for an independent trial, from what a trial before has read. Plain numbers, no torch."""
+"""The configuration of an independent trial, from the readings of an earlier one. Plain numbers, no torch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,34 @@ def suggest(
     max_batch_factor: float = 4.0,
     coupling: float = 0.5,
 ) -> Config:
-    """Learning rate and batch size for the next trial, which begins with fresh weights.
+    """Learning rate and batch size for the next trial, which begins with untrained weights.
 
-    readings  of a trial at `config`, from its start; advice rests on those around step 50 (see `Gauge.advice`)
-    config    what they were read at
-    target    where readings should be
-    max_lr_factor, max_batch_factor   what a suggestion may multiply by, or divide by
-    coupling  a batch that changes by r changes the learning rate by r^coupling (1/2 for Adam: Malladi et al.)
+    Both are multiplied by the factors of `Gauge.advice`. Where that cannot tell a direction, the number stays as it is,
+    except that the learning rate still follows the batch. Where it can only say "at least", as when all gradients
+    agree, the step is `max_lr_factor`; the next trial's readings show whether it was far enough.
 
-    Where advice knows no direction, that number stays; the learning rate then only follows the batch. Where the
-    distance has no upper end, `max_lr_factor` is the step: look again there.
+    Args:
+        readings: of one trial at `config`, from its start, in any order. Those around step 50 count.
+        config: what they were read at.
+        target: where readings should be, if not at the published target.
+        max_lr_factor: the most that the learning rate is multiplied or divided by, before it follows the batch.
+        max_batch_factor: the most that the batch is multiplied or divided by.
+        coupling: a batch multiplied by r multiplies the learning rate by r^coupling (1/2 for Adam: Malladi et al.).
 
-    Raises ValueError for no readings and for a number out of range.
+    Returns:
+        The next configuration, with the weight decay of `config`.
+
+    Raises:
+        ValueError: there are no readings, or a number is out of range.
+
+    Examples:
+        >>> import grgauge
+        >>> reading = grgauge.Reading(
+        ...     step=50, batch_size=64, gr_t=1.2, gr_t_error=0.1, finite_time_factor=0.99, gr_s=None, gr_s_error=None,
+        ...     noise_scale=None, noise_scale_error=None, grad_norm=0.7, nonfinite=0, ready=True,
+        ... )  # all gradients agree: the learning rate is far too low
+        >>> print(grgauge.suggest([reading], grgauge.Config(lr=1e-5, batch_size=64)))
+        lr 1.00e-04, batch 64
     """
     require(len(readings) > 0, "readings", readings, "at least one reading")
     require(max_lr_factor >= 1.0, "max_lr_factor", max_lr_factor, "at least 1")
