@@ -419,11 +419,11 @@ class Measured:
         if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
             return Continue("below the zone, waiting", evidence)
         factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
-        lr = self._below(old.lr * factor, old.batch_size)
+        batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.young_batch)
+        lr = self._below(old.lr * factor, batch)
         if lr < RULES.least_raise * old.lr:
             further = self._rival_further()
             return further or Continue("below the zone, just below a learning rate that failed", evidence)
-        batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.young_batch)
         return self._move(lr, batch, "the learning rate is too low", evidence)
 
     def _too_high(self, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
