@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import grgauge
 from grgauge import Result, TrainingError, Trial, tune
-from grgauge.tuning.records import TrialRecord
 
 from .protocol import Curve
 from .table import BATCHES, BOUNDS, CHECKS, Config
@@ -157,24 +156,15 @@ def tuned(
     family: Family, start: Config | None, seed: int, looks: Looks, limit: float, paper: bool = False
 ) -> Result | None:
     """`grgauge.tune` with a budget of `limit` static runs; None if it failed, and why is printed."""
-    average: list[AveragedModel] = []
-    stretch: list[TrialRecord | None] = [None]
 
     def look(trial: Trial) -> None:
-        if trial.model is None:
-            return
-        before, stretch[0] = stretch[0], trial.record
-        gone_back = before is not None and before is not trial.record and trial.record.parent != before.number
-        if not average or gone_back:
-            average[:] = [averaged(trial.model)]
-        average[0].update_parameters(trial.model)
-        if looks.due(trial.used):
-            looks.look(trial.used, lambda: family.validate(trial.model), lambda: validated(family, average[0]))
+        model, average = trial.model, trial.averaged
+        if model is not None and average is not None and not trial.probing and looks.due(trial.used):
+            looks.look(trial.used, lambda: family.validate(model), lambda: validated(family, AveragedModel(average)))
 
     def train(trial: Trial) -> None:
         model = family.model()
         trial.watch(model, grgauge.AdamW(family.param_groups(model), lr=trial.lr))  # type: ignore[arg-type]
-        average[:] = []
         for batch in trial.batches(family.data):
             trial.step(family.loss(model, batch))
 

@@ -3,7 +3,7 @@
 AdamW    torch.optim.AdamW whose step also takes the gauges' sums
 Gauge    GR_T, GR_S, noise scale and gradient norm of a training run
 GradES   freezes weight matrices one by one, as their gradients come to rest
-Policy   what to do about readings: Continue, Retune to another Config, or Stop
+Policy   what to do about readings: Continue, Retune to another Config, compare two, or Stop
 tune     trains with your own training function, and finds learning rate and batch size on the way
 Advisor, Autopilot   print what the policy says about a run, or act on it within the run
 Advice   what a gauge's readings mean for learning rate and batch size: Gauge.advice()

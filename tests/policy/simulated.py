@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass, field
 
 from grgauge import Config, Continue, Policy, Reading, Retune, Stop, theory
+from grgauge.policy import Probe
 
 EVERY = 5
 FATAL = 8.0
@@ -126,7 +127,7 @@ class Outcome:
     reached: bool
     config: Config
     training: Training
-    decisions: list[tuple[int, Continue | Retune | Stop]]
+    decisions: list[tuple[int, Continue | Retune | Stop | Probe]]
 
     @property
     def moves(self) -> list[Retune]:
@@ -147,10 +148,10 @@ class Loop:
         self.rng = random.Random(self.seed)
         self.training = Training(self.world, self.config, self.rng)
         self.saved = self.training
-        self.decisions: list[tuple[int, Continue | Retune | Stop]] = []
+        self.decisions: list[tuple[int, Continue | Retune | Stop | Probe]] = []
         self.cost, self.fresh = 0.0, True
 
-    def turn(self, lr_factor: float = 1.0) -> Continue | Retune | Stop:
+    def turn(self, lr_factor: float = 1.0) -> Continue | Retune | Stop | Probe:
         """Tell the first loss of fresh weights, or train for five steps and tell what they read."""
         if self.fresh:
             reading, loss = None, self.training.untrained_loss()
@@ -160,6 +161,9 @@ class Loop:
         self.fresh = False
         decision = self.policy.observe(reading, self.config, loss=loss if self.with_loss else None, lr_factor=lr_factor)
         self.decisions.append((self.training.step, decision))
+        if isinstance(decision, Probe):
+            decision = self.probe(decision)
+            self.decisions.append((self.training.step, decision))
         if isinstance(decision, Retune):
             self.config = decision.config
             if not decision.reuse:
@@ -170,6 +174,22 @@ class Loop:
             else:
                 self.saved = copy.copy(self.training)
             self.training.set(self.config)
+        return decision
+
+    def probe(self, probe: Probe) -> Continue | Retune | Stop | Probe:
+        """Train at both from here on, and go on with what the policy decides for."""
+        ends, losses = [], []
+        for config in probe.configs:
+            end = copy.copy(self.training)
+            if config != self.config:
+                end.set(config)
+            for _ in range(probe.samples // (EVERY * config.batch_size)):
+                end.advance()
+            self.cost += probe.samples
+            ends.append(end)
+            losses.append([end.advance()[1] if end.dead else self.world.loss(end.progress) for _ in range(4)])
+        decision = self.policy.judge((losses[0], losses[1]))
+        self.training = ends[isinstance(decision, Retune)]
         return decision
 
     def run(self, samples: float, progress: float = math.inf) -> Outcome:

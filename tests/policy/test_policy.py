@@ -100,20 +100,18 @@ def test_c_early_and_noisy_readings_settle_nothing():
     assert late.config.lr < CONFIG.lr
 
 
-def test_d_a_noise_scale_far_above_the_batch_is_approached_in_bounded_steps():
-    widest = []
+def test_d_a_noise_scale_far_above_the_batch_is_no_reason_for_a_large_one():
+    """A batch grows early to 16 at most, and later step by step: what it averages out costs more than it gains."""
     for seed in range(10):
         run = outcome(World(mu=1000.0), lr=1e-4, batch=16, seed=seed, samples=1e6, progress=3.0)
         sizes = [16] + [move.config.batch_size for move in run.moves]
-        assert all(b <= 4 * a for a, b in pairwise(sizes))
+        assert all(b <= max(16, 2 * a) for a, b in pairwise(sizes))
         assert run.reached
-        widest.append(max(sizes))
-    assert sorted(widest)[5] >= 64
 
 
 def test_d_an_estimate_of_the_noise_scale_that_is_lost_in_noise_is_not_solved_for():
-    decision = watch(Policy(), gr_s=0.97, gr_s_error=0.05, noise_scale=2e6, noise_scale_error=3e6)
-    assert decision.config.batch_size == 4 * 64
+    decision = watch(Policy(), Config(1e-3, 4), gr_s=0.97, gr_s_error=0.05, noise_scale=2e6, noise_scale_error=3e6)
+    assert 4 < decision.config.batch_size <= 16
 
 
 @pytest.mark.parametrize("gr_t", [2.0, 20.0, 60.0])

@@ -13,6 +13,7 @@ from policy.healthy import CONFIG, READING, watch
 from policy.simulated import Loop, World
 
 from grgauge import Config, Continue, Policy, Reading, Retune, Stop
+from grgauge.policy import Probe
 
 POLICIES = st.fixed_dictionaries(
     {
@@ -58,6 +59,9 @@ def test_no_reading_whatever_leads_out_of_bounds(arguments, seen, lr, batch):
         decision = policy.observe(reading, config, loss=loss, lr_factor=lr_factor)
         if isinstance(decision, Stop):
             break
+        if isinstance(decision, Probe):
+            assert low <= decision.configs[1].lr <= high
+            decision = policy.judge(((1.0, 1.0), (0.5, 0.5)))
         if isinstance(decision, Retune):
             config, moves = decision.config, moves + 1
             assert low <= config.lr <= high
@@ -83,7 +87,7 @@ def test_gr_s_alone_and_gr_t_alone_are_acted_on_as_far_as_they_go(rules):
         assert isinstance(only_s, Continue)
     else:
         assert only_t.config.lr > CONFIG.lr
-        assert only_t.config.batch_size == 64
+        assert only_t.config.batch_size == 32, "where the rate is far too low, steps count"
         assert only_s.config.batch_size < 64
         assert only_s.config.lr < CONFIG.lr
 
@@ -161,6 +165,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         (lambda: Config(1e-3, 8, -1.0), "weight_decay"),
         (lambda: Policy().observe(READING, CONFIG, samples=-1.0), "samples"),
         (lambda: Policy().observe(READING, CONFIG, lr_factor=math.nan), "lr_factor"),
+        (lambda: Policy().judge(((1.0, 1.0), (1.0, 1.0))), "losses"),
+        (lambda: Policy.paper().judge(((1.0, 1.0), (1.0, 1.0))), "losses"),
     ],
 )
 def test_malformed_arguments_are_named(make, name):

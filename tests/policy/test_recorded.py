@@ -10,6 +10,7 @@ import pytest
 from policy.healthy import READING
 
 from grgauge import Config, Continue, Policy
+from grgauge.policy import Probe
 
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
 """First 80 steps of real trainings with `grgauge.AdamW` at constant configurations: a character transformer, a CNN on
@@ -31,18 +32,20 @@ def replay(run, **settings):
             **{name: run[name][i] for name in names},
         )
         decision = policy.observe(reading, config, loss=loss)
+        if isinstance(decision, Probe):  # nobody has recorded its other side: undecided
+            decision = policy.judge(((1.0, 1.0), (1.0, 1.0)))
         if not isinstance(decision, Continue):
             return decision
     return decision
 
 
 MOVES = {
-    "char-32": "++++---",
-    "char-128": "++++---",
-    "img-32": "++++---",
-    "img-128": "++++---",
-    "reg-32": "+++0---",
-    "reg-128": "++++---",
+    "char-32": "++++0--",
+    "char-128": "++++0--",
+    "img-32": "++++00-",
+    "img-128": "++++0--",
+    "reg-32": "+++00--",
+    "reg-128": "++++0--",
     "noisy-32": "+++000-",
     "noisy-128": "++++00-",
 }
@@ -72,7 +75,7 @@ def test_a_real_training_is_moved_up_by_steps_and_down_from_scratch(sweep):
 
 
 def test_real_trainings_are_moved_towards_the_best_learning_rate():
-    """Those that are three times off or more: 43 of 48, and none of those thirty times too high is kept."""
+    """Those that are three times off or more: 39 of 48, and none of those thirty times too high is kept."""
     right = []
     for run in RECORDED:
         away = run["lr"] / run["best_lr"]
@@ -81,7 +84,7 @@ def test_real_trainings_are_moved_towards_the_best_learning_rate():
             right.append((factor - 1.0) * (1.0 - away) > 0.0)
         if away > 29.0:
             assert factor < 0.17
-    assert (sum(right), len(right)) == (43, 48)
+    assert (sum(right), len(right)) == (39, 48)
 
 
 @pytest.mark.parametrize("run", [run for run in RECORDED if run["task"] == "char" and run["batch"] == 128])

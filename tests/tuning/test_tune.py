@@ -34,7 +34,7 @@ def mlp(trial, digits, optimizer=torch.optim.AdamW):
 @pytest.mark.parametrize("start", [Config(1e-5, 512), Config(0.5, 64), Config(1e-4, 8)])
 def test_digits_are_learned_from_a_bad_start(start, digits, go):
     result = go(lambda trial: mlp(trial, digits), budget=10_000, start=start)
-    assert result.output > 0.87  # a static grid's best is 0.92
+    assert result.output > 0.85  # a static grid's best is 0.92
     assert 1e-3 < result.config.lr < 0.1
     assert result.used <= 10_000 + 512
     assert result.trials[-1].config == result.config

@@ -4,12 +4,12 @@ Target                     where readings should be
 Advice, advise, verdict    what readings mean for learning rate and batch, from measured distances; verdict is its line
 suggest                    the next configuration for an independent trial
 Pruning, Progress          whether a trial among others is worth going on with
-Policy                     readings and losses in; Continue, Retune to another Config, or Stop out, with the Evidence
+Policy                     readings and losses in; Continue, Retune, Probe or Stop out, with the Evidence
 RuleSet                    what a policy of one's own must have
 """
 
 from .advice import Advice, Correction, advise, verdict
-from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
+from .decisions import Config, Continue, Decision, Evidence, Probe, Retune, Stop
 from .policy import Policy
 from .protocol import RuleSet
 from .pruning import Progress, Pruning
@@ -24,6 +24,7 @@ __all__ = [
     "Decision",
     "Evidence",
     "Policy",
+    "Probe",
     "Progress",
     "Pruning",
     "Retune",

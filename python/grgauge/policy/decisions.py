@@ -103,4 +103,23 @@ class Stop:
         return f"stop: {self.reason} ({self.evidence})"
 
 
-Decision = Continue | Retune | Stop
+@dataclass(frozen=True)
+class Probe:
+    """Compare two configurations where gauges cannot tell: train at each of them, from the weights at hand and on the
+    same batches, and tell `Policy.judge` the losses of their averaged weights on the batches after those.
+
+    configs  the present one, and another of the same batch
+    samples  to train on at each
+    """
+
+    configs: tuple[Config, Config]
+    samples: int
+    reason: str
+    evidence: Evidence
+
+    def __str__(self) -> str:
+        here, there = self.configs
+        return f"compare lr {here.lr:.2e} with {there.lr:.2e}: {self.reason} ({self.evidence})"
+
+
+Decision = Continue | Retune | Stop | Probe

@@ -6,14 +6,15 @@ Numbers are in `rules`, with their reasons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from ..reading import Reading
 from ..theory import batch_for_gr_s, noise_scale_from_gr_s, uncorrelated
 from .course import Course, restored
-from .decisions import Config, Continue, Decision, Evidence, Retune, Stop
+from .decisions import Config, Continue, Decision, Evidence, Probe, Retune, Stop
 from .losses import Losses
 from .rules import RULES
 from .settings import Settings
@@ -69,6 +70,8 @@ class State:
     saved: SavedWeights | None = None
     trial: RaiseOnTrial | None = None
     rival: Rival | None = None
+    probed: Config | None = None  # what the newest probe compares with, until that is judged
+    next_probe: float = 0.0  # samples of these weights, before which there is no other
 
 
 class Measured:
@@ -115,9 +118,34 @@ class Measured:
             or self._plateau_left()
             or self._trial()
             or self._spatial(reading)
+            or self._probe(reading, warming)
             or self._temporal(reading, warming)
             or Continue("nothing to change", Evidence("steady", course.step))
         )
+
+    @property
+    def probed(self) -> Config | None:
+        """What a probe that was asked for compares with."""
+        return self._state.probed
+
+    def judge(self, here: Sequence[float], there: Sequence[float]) -> Decision:
+        """What a probe has shown; see `Policy.judge`."""
+        s, other = self._state, self._state.probed
+        assert other is not None
+        level, difference, error = fmean(here), math.inf, 0.0
+        if all(map(math.isfinite, (*here, *there))):
+            differences = [after - before for before, after in zip(here, there, strict=True)]
+            difference, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+        margin = error + RULES.probe_better * abs(level)
+        evidence = self._evidence("probe", "loss", level + difference, (level - margin, level + margin))
+        s.probed = None
+        if difference < -margin:
+            decision = self._move(other.lr, other.batch_size, "a higher learning rate has a lower loss", evidence)
+            s.next_probe = s.course.samples
+            return decision
+        if not difference <= abs(level):
+            self._cap(RULES.failed * other.lr)
+        return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)
@@ -302,13 +330,37 @@ class Measured:
         quiet = not s.recent or s.recent[-1] <= math.log(target.gr_t_zone[1])
         if ratio > 1.0 and s.found:
             return self._stall(reading, old.lr, batch, "the batch is too small", evidence) if quiet else None
-        if ratio > 1.0 and not self._learned():
+        if ratio > 1.0 and (batch > RULES.largest_raised or not self._learned()):
             return None
         # Up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
         low_lr = not (s.found or s.hurt) and bool(s.recent) and max(s.recent) < math.log(target.gr_t_zone[0])
         lr = old.lr * ratio**limits.coupling if ratio < 1.0 or low_lr else old.lr
         reason = "the batch is too small" if ratio > 1.0 else "the batch is larger than it need be"
         return self._move(self._below(lr, batch), batch, reason, evidence)
+
+    def _probe(self, reading: Reading, warming: bool) -> Decision | None:
+        """Noise hides the learning rate from GR_T, at any value: a higher one is tried beside the present one."""
+        s, course, old = self._state, self._state.course, self._state.course.now
+        hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s
+        due = s.steps >= RULES.probe_steps and course.samples >= s.next_probe
+        decayed = s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak
+        higher = self._below(RULES.probe_factor * old.lr, old.batch_size)
+        to = self._settings.fit(old, higher, old.batch_size)
+        if (
+            not (hidden and due)
+            or course.age < RULES.settled_steps
+            or warming
+            or decayed
+            or s.trial is not None
+            or s.losses.first is None
+            or to.lr < RULES.least_raise * old.lr
+            or course.moves >= self._settings.max_moves
+        ):
+            return None
+        s.probed, s.next_probe = to, RULES.probe_again * course.samples
+        steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
+        evidence = self._evidence("probe", "GR_S", reading.gr_s)
+        return Probe((old, to), round(steps * old.batch_size), "GR_S says that GR_T cannot tell", evidence)
 
     def _temporal(self, reading: Reading, warming: bool) -> Decision | None:
         """The learning rate: up step by step while GR_T is low, down where it is high."""
@@ -334,7 +386,9 @@ class Measured:
             return self._plateau() or Continue("GR_S says that GR_T is blind", evidence)
         if gr_t * reach < low:
             return self._too_low(gr_t, reach, evidence)
-        if self._begun_badly and ((s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and self._learned())):
+        if self._begun_badly and (
+            (s.hurt and gr_t > high) or (gr_t > RULES.overshot * high and gr_t / reach > high and self._learned())
+        ):
             # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
             self._cap(course.now.lr)
             lr = course.now.lr / (RULES.restart if s.hurt else RULES.restart_high)
@@ -365,11 +419,12 @@ class Measured:
         if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
             return Continue("below the zone, waiting", evidence)
         factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
-        lr = self._below(old.lr * factor, old.batch_size)
+        batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.young_batch)
+        lr = self._below(old.lr * factor, batch)
         if lr < RULES.least_raise * old.lr:
             further = self._rival_further()
             return further or Continue("below the zone, just below a learning rate that failed", evidence)
-        return self._move(lr, old.batch_size, "the learning rate is too low", evidence)
+        return self._move(lr, batch, "the learning rate is too low", evidence)
 
     def _too_high(self, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
         s, age, limits, old = self._state, self._state.course.age, self._settings, self._state.course.now

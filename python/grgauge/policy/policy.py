@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._validation import require
@@ -106,7 +106,8 @@ class Policy(Settings):
             lr_factor: What the schedule multiplies config.lr by at this step. While it rises GR_T is not judged.
 
         Returns:
-            `Continue`, `Retune` to another configuration, or `Stop`, with the evidence.
+            `Continue`, `Retune` to another configuration, `Probe` of another one, or `Stop`, with the evidence. A probe
+                may be left out; it is then asked for again much later.
 
         Raises:
             ValueError: samples or lr_factor is out of range, and nothing changes.
@@ -114,6 +115,26 @@ class Policy(Settings):
         require(samples is None or 0.0 <= samples < math.inf, "samples", samples, "None or finite and at least 0")
         require(0.0 <= lr_factor < math.inf, "lr_factor", lr_factor, "finite and at least 0")
         return self._rules.observe(reading, config, loss=loss, samples=samples, lr_factor=lr_factor)
+
+    def judge(self, losses: tuple[Sequence[float], Sequence[float]]) -> Decision:
+        """What to do after the probe that was asked for last.
+
+        Args:
+            losses: Of the averaged weights of each of its two configurations, batch by batch, on the same batches.
+
+        Returns:
+            `Retune` to the other configuration, with the weights that were trained at it, or `Continue` with those of
+                the present one.
+
+        Raises:
+            ValueError: There was no probe, or losses are not two times the same number, of at least two.
+        """
+        asked = isinstance(self._rules, Measured) and self._rules.probed is not None
+        require(asked, "losses", losses, "those of a probe, and none was asked for")
+        assert isinstance(self._rules, Measured)
+        first, second = losses
+        require(len(first) == len(second) > 1, "losses", losses, "two times the same number, of at least two")
+        return self._rules.judge(first, second)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on but the arguments of `Policy`, as plain values ready for JSON."""

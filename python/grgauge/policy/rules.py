@@ -74,6 +74,17 @@ class Rules:
     found_batch_change: float = 1.8  # ... where lr is found good
     found_checks: int = 4  # in a row that must ask for another batch then
     found_raise: float = 2.0  # the most that a batch grows by then
+    largest_raised: int = 16  # before: noise in a larger one costs less than the samples that would average it out
+    young_steps: int = 150  # until then a learning rate far too low is left ...
+    young_batch: int = 32  # ... at no larger batch than that: steps count, and are cheaper so
+
+    # a probe: of two learning rates on the same batches, where GR_S is so high that GR_T says little of either
+    probe_gr_s: float = 0.8
+    probe_steps: int = 60  # before one, and of each side: with half as many two tasks of three were lost, ...
+    probe_share: float = 0.15  # ... but at least that share of all steps so far
+    probe_factor: float = 3.0  # between the two
+    probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
+    probe_again: float = 3.0  # times the samples so far, until the next one
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
     plateau_error: float = 0.01  # relative error of the loss, ...

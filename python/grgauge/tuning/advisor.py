@@ -10,7 +10,7 @@ from torch import Tensor
 from .._validation import require_count
 from ..gauge import Gauge
 from ..optim.learning_rates import highest_lr, peak_lr
-from ..policy import Config, Continue, Decision, Policy, verdict
+from ..policy import Config, Decision, Policy, Retune, Stop, verdict
 from ..reading import Reading
 from .ranks import World
 
@@ -61,6 +61,8 @@ class Advisor:
         self.policy, self.every = policy or Policy.default(), every
         self._gauge, self._optimizer, self._print = gauge, optimizer, print
         self._steps = 0
+        self._loss: Tensor | float = 0.0  # the sum since the policy was asked last, where it is: no step waits for it
+        self._count = 0
         self._seen: Reading | None = None
         self._advice: Decision | None = None
 
@@ -76,19 +78,29 @@ class Advisor:
         """
         self._steps += 1
         reading = self._gauge.reading()
-        peak, now = peak_lr(self._optimizer), highest_lr(self._optimizer)
-        config = Config(peak, max(round(self._gauge.batch_size), 1))
-        before = self.policy.state_dict()
-        value = None if loss is None else self._mean(loss)
-        decision = self.policy.observe(reading, config, loss=value, lr_factor=now / peak)
-        if not isinstance(decision, Continue):
-            self.policy.load_state_dict(before)  # nobody acts on it: to the policy it was never made
-        if reading is not None and reading is not self._seen:
-            self._seen, self._advice = reading, decision
+        if loss is not None:
+            self._loss = self._loss + (loss.detach() if isinstance(loss, Tensor) else loss)
+            self._count += 1
+        if self._steps == 1 or reading is not self._seen:
+            decision = self._ask(reading)
+            if reading is not None:
+                self._seen, self._advice = reading, decision
         printing = self._steps % self.every == 0 and (self._gauge._ranks is None or self._gauge._ranks.rank == 0)
         if reading is not None and printing:
             self._print(f"{figures(reading)} — {verdict(reading, self.policy.target)}; {self._advice}")
         return self._advice
+
+    def _ask(self, reading: Reading | None) -> Decision:
+        """What the policy says to a new reading, and to the mean loss since the one before."""
+        peak, now = peak_lr(self._optimizer), highest_lr(self._optimizer)
+        config = Config(peak, max(round(self._gauge.batch_size), 1))
+        loss = self._mean(self._loss / self._count) if self._count else None
+        self._loss, self._count = 0.0, 0
+        before = self.policy.state_dict()
+        decision = self.policy.observe(reading, config, loss=loss, lr_factor=now / peak)
+        if isinstance(decision, (Retune, Stop)):
+            self.policy.load_state_dict(before)  # nobody acts on it: to the policy it was never made
+        return decision
 
     def _mean(self, loss: float | Tensor) -> float:
         """The loss, its mean over the ranks that the gauge is attached to."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._validation import require_count
 from ..invariance import Rule
 from ..optim.learning_rates import peak_lr
-from ..policy import Config, Continue, Policy, Retune, Stop
+from ..policy import Config, Decision, Policy, Probe, Retune, Stop
 from .advisor import figures
 from .checkpoints import deserialize, serialize
 from .data import Data
@@ -79,7 +79,7 @@ class Autopilot(View):
 
     def batches(self, data: Data) -> Iterator[Any]:
         """As `Trial.batches`."""
-        yield from self._loop.batches(self._loop.source(data), self._over, self._after_step)
+        yield from self._loop.batches(self._loop.source(data), self._over, self._after_step, self._act)
 
     def step(self, loss: Tensor) -> bool:
         """As `Trial.step`."""
@@ -90,12 +90,19 @@ class Autopilot(View):
     def _over(self) -> bool:
         return self.used >= self.budget or any(isinstance(decision, Stop) for decision in self.decisions)
 
-    def _after_step(self) -> None:
+    def _after_step(self) -> Probe | None:
+        decision, _ = self._loop.observe()
+        if isinstance(decision, Probe):
+            return decision if self._loop.affords(decision, self.budget - self.used) else None
+        if decision is not None:
+            self._act(decision, 0)
+        return None
+
+    def _act(self, decision: Decision, compared: int) -> None:
+        """compared: samples on which averages were, in a probe."""
         loop = self._loop
-        decision, _ = loop.observe()
-        if decision is None:
-            return
-        if not isinstance(decision, Continue):
+        self.used += compared
+        if isinstance(decision, (Retune, Stop)):
             self.decisions.append(decision)
         said = "no reading" if self.reading is None else figures(self.reading)
         words = ""

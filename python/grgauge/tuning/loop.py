@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,13 +19,17 @@ from .._validation import require, require_count
 from ..gauge import Gauge
 from ..invariance import Rule, decay_after
 from ..optim.learning_rates import highest_lr, peak_lr, scale, scale_decay
-from ..policy import Config, Continue, Decision, Policy
+from ..policy import Config, Continue, Decision, Policy, Probe, Retune
 from ..reading import Reading
 from . import state as states
 from .averaging import average_of, copy_weights, tried
+from .checkpoints import deserialize, serialize
 from .data import Cuts, Data, Source, source
 from .errors import TrainingError
 from .ranks import World, no_sync
+
+PROBE_SHARE = 0.25
+"""Of the samples that are left, what a probe may take."""
 
 GROUPS = 2
 """Micro-batches of a step that is read, at least: the groups of GR_S. S is sharp from two; of G2, which is the noisy
@@ -62,7 +66,8 @@ class Loop:
     _late: Reading | None  # of a saved state, and not yet observed: an attached gauge's reading comes one step late
     _stale: Reading | None  # of the configuration before
     _average: AveragedModel | None  # None of a sharded model, which cannot be copied
-    _tried: list[float] | None  # losses of a trial of weights: while it goes on nothing is updated
+    _tried: float | None  # loss so far of a batch on which weights are tried: while it is set nothing is updated
+    _begun: bytes | None  # the state that a probe began with, while it goes on
 
     def __init__(
         self,
@@ -101,7 +106,7 @@ class Loop:
         self._others, self._open, self._set = (), None, None
         self._late = self._stale = self._sum = self._kept = None
         self._lr_factor, self._unsettled = 1.0, False
-        self._average = self._tried = None
+        self._average = self._tried = self._begun = None
 
     # --- what is trained ----------------------------------------------------------------------------------------------
 
@@ -187,14 +192,58 @@ class Loop:
             raise TrainingError("call trial.watch(model, optimizer) before the loop over trial.batches()")
         return source(data, self.seed, self.world.rank, self.world.size)
 
-    def batches(self, data: Source, over: Callable[[], bool], after: Callable[[], None]) -> Iterator[Any]:
+    def batches(
+        self,
+        data: Source,
+        over: Callable[[], bool],
+        after: Callable[[], Probe | None],
+        act: Callable[[Decision, int], None],
+    ) -> Iterator[Any]:
         """Micro-batches, until it is `over`. `after` is called after each step: when the next batch is asked for, so
-        that the user's scheduler has been there."""
+        that the user's scheduler has been there. If it returns a probe that is made, and `act` is called with what
+        follows from it, and the samples on which averages were compared."""
         self._drop_half_a_step()
+        if self._begun is not None:  # the loop was left in the middle of a probe
+            self.restore(deserialize(self._begun))
+            self._begun = self._tried = None
+            self.updating = False
         self.settle(after)
         while not over():
             yield from self._micro_batches(data)
-            self.settle(after)
+            probe = self.settle(after)
+            if probe is not None:
+                decision = yield from self._probed(data, probe)
+                act(decision, len(probe.configs) * _compared(probe) * self.config.batch_size)
+
+    def affords(self, probe: Probe, left: int) -> bool:
+        """Whether so many samples are enough for a probe. Without averages there is none."""
+        cost = sum(probe.samples + (_compared(probe) + 1) * config.batch_size for config in probe.configs)
+        return self.averaged is not None and cost <= PROBE_SHARE * left
+
+    def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
+        """What follows from a probe; the weights are then those of the configuration that it decides for."""
+        begun, stop = serialize(self.state()), self.samples + probe.samples
+        random = states.random_state()
+        self._begun = begun
+        losses: list[list[float]] = []
+        ends: list[bytes] = []
+        for config in probe.configs:
+            if ends:
+                self.restore(deserialize(begun))
+                self.configure(config)
+            while self.samples < stop and math.isfinite(self.loss):
+                yield from self._micro_batches(data)
+                self._unsettled = False
+                self._guard()
+            ends.append(serialize(self._state()))
+            states.set_random_state(random)
+            losses.append((yield from self._losses(self.averaged, data, _compared(probe), stop)))
+        decision = self.policy.judge((losses[0], losses[1])) if self.world.rank == 0 else None
+        decision = self.world.broadcast(decision)
+        assert decision is not None
+        self.restore(deserialize(ends[isinstance(decision, Retune)]))
+        self._begun = None
+        return decision
 
     def _micro_batches(self, data: Source) -> Iterator[Any]:
         """Those of one step. Only with the last of them are gradients reduced over ranks."""
@@ -218,24 +267,31 @@ class Loop:
     def compare_average(self, data: Source, count: int, taken: list[float]) -> Iterator[Any]:
         """`count` batches twice, without updates: for the weights at hand and for their average, whose losses go to
         `taken`. The random draws of a model are the same for both."""
-        assert self.model is not None
-        assert self.averaged is not None
-        cuts = Cuts(self.part_size, self.micro_batch, count + 1, 1)
-        state, self.updating = states.random_state(), True  # weights are exchanged: an error goes back to a checkpoint
+        state = states.random_state()
         for average in (None, self.averaged):
             states.set_random_state(state)
-            self._tried = []
-            with tried(self.module, average), no_sync(self.model):
-                for i in range(count):
-                    for size, batch in data.draw(self.samples + i * self.config.batch_size, i + 1, cuts):
-                        self._open = (size, False)
-                        yield batch
-                        self._require_step()
-            taken.append(
-                self.world.mean(torch.tensor(sum(self._tried) / count, dtype=torch.float64, device=self._device))
-            )
-            self._tried = None
-        self.updating = False
+            losses = yield from self._losses(average, data, count, self.samples)
+            taken.append(sum(losses) / count)
+
+    def _losses(
+        self, average: nn.Module | None, data: Source, count: int, start: int
+    ) -> Generator[Any, None, list[float]]:
+        """Of each of `count` batches from that place of the data on, without updates: with the weights at hand, or with
+        those of an average."""
+        assert self.model is not None
+        losses: list[float] = []
+        cuts = Cuts(self.part_size, self.micro_batch, count + 1, 1)
+        self.updating = True  # weights are exchanged: an error goes back to a checkpoint
+        with tried(self.module, average), no_sync(self.model):
+            for i in range(count):
+                self._tried = 0.0
+                for size, batch in data.draw(start + i * self.config.batch_size, i + 1, cuts):
+                    self._open = (size, False)
+                    yield batch
+                    self._require_step()
+                losses.append(self.world.mean(torch.tensor(self._tried, dtype=torch.float64, device=self._device)))
+        self.updating, self._tried = False, None
+        return losses
 
     def take_average(self) -> None:
         """Make the average the weights that are trained."""
@@ -254,7 +310,7 @@ class Loop:
         assert self.gauge is not None
         if self._tried is not None:
             self._device = loss.device
-            self._tried.append(float(loss.detach()) * self._open[0] / self.part_size)
+            self._tried += float(loss.detach()) * self._open[0] / self.part_size
             self._open = None
             return False
         self._check_gradients()
@@ -280,13 +336,18 @@ class Loop:
         self._unsettled = True
         return True
 
-    def settle(self, after: Callable[[], None]) -> None:
+    def settle(self, after: Callable[[], Probe | None]) -> Probe | None:
         """What follows the newest step, unless it has been done: also where the user's loop was left by `break`."""
         if not self._unsettled:
-            return
+            return None
         self._unsettled = False
         self._guard()
-        after()
+        return after()
+
+    @property
+    def probing(self) -> bool:
+        """True in the middle of a probe: the weights at hand may not be those that training goes on with."""
+        return self._begun is not None
 
     @property
     def part_size(self) -> int:
@@ -381,7 +442,11 @@ class Loop:
     # --- its state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that training depends on, between two steps; of a sharded model, what this rank holds. For all ranks."""
+        """All that training depends on, between two steps; of a sharded model, what this rank holds. For all ranks.
+        In the middle of a probe, what it began with."""
+        return self._state() if self._begun is None else deserialize(self._begun)
+
+    def _state(self) -> dict[str, Any]:
         assert self.gauge is not None
         gauge, newest = self.gauge.state_dict(), self._newest
         return {
@@ -407,3 +472,9 @@ class Loop:
         self.samples, self.steps, self.loss = state["samples"], state["steps"], state["loss"]
         if state["random"] is not None:  # else of another number of ranks
             states.set_random_state(state["random"])
+
+
+def _compared(probe: Probe) -> int:
+    """Batches on which the averages of a probe are compared: an eighth of its steps, of 64 samples at least."""
+    batch = probe.configs[0].batch_size
+    return max(4, math.ceil(64 / batch), probe.samples // (8 * batch))

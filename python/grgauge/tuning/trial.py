@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..invariance import decay_within
-from ..policy import Config, Continue, Decision, Retune, Stop
+from ..policy import Config, Continue, Decision, Probe, Retune, Stop
 from . import state as states
 from .data import Data
 from .errors import StorageError, TrainingError
@@ -25,7 +25,6 @@ from .study import Trials
 from .view import View
 
 log = logging.getLogger(__name__)
-
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -129,7 +128,7 @@ class Trial(View):
         """
         drawn_from, loop = self._loop.source(data), self._loop
         self._origin.compare_data(drawn_from.fingerprint())
-        yield from loop.batches(drawn_from, self._over, self._after_step)
+        yield from loop.batches(drawn_from, self._over, self._after_step, self._act)
         if not self._stopped and self.used < self.budget and (count := self._compared):
             losses: list[float] = []
             yield from loop.compare_average(drawn_from, count, losses)
@@ -158,7 +157,11 @@ class Trial(View):
         stepped = self._loop.step(loss)
         if stepped:
             self.used += self.batch_size
-            self.record.add(self.loss, self.batch_size)
+            if self.probing:  # no curve of losses: half of these weights are given up
+                self.record.samples += self.batch_size
+                self._on_step(self)
+            else:
+                self.record.add(self.loss, self.batch_size)
         return stepped
 
     def run(self, train: Callable[[Trial], Any]) -> Any:
@@ -222,7 +225,7 @@ class Trial(View):
         """All is used, but for what the comparison at the end takes."""
         return self.used + 2 * self._compared * self.batch_size >= self.budget or self._stopped
 
-    def _after_step(self) -> None:
+    def _after_step(self) -> Probe | None:
         loop = self._loop
         if loop.steps == 1 and not math.isfinite(loop.loss):
             raise TrainingError(f"the loss of untrained weights is {loop.loss}: no learning rate will help that")
@@ -233,6 +236,9 @@ class Trial(View):
             self.record.read(fresh)
         self.record.seconds += now - self._clock
         self._clock = now
+        if isinstance(decision, Probe) and not spent:
+            self._on_step(self)
+            return decision if loop.affords(decision, self.budget - self.used) else None
         if decision is not None and (spent or isinstance(decision, Stop)):
             self._end(decision)
         elif isinstance(decision, Retune):
@@ -244,6 +250,20 @@ class Trial(View):
             self._save()
             self._trials.write(self.record)
             self._trials.note(used=self.used)
+        self._on_step(self)
+        return None
+
+    def _act(self, decision: Decision, compared: int) -> None:
+        """What follows from a probe, after so many samples on which averages were compared."""
+        self.used += compared
+        self.record.samples += compared
+        log.info("%d samples: %s", self.used, decision)
+        if isinstance(decision, Retune):
+            self._retune(decision)
+        else:
+            self.record.notes.append(str(decision))
+            self._save()
+            self._trials.write(self.record)
         self._on_step(self)
 
     def _retune(self, decision: Retune) -> None:

@@ -66,6 +66,11 @@ class View:
         return self._loop.averaged
 
     @property
+    def probing(self) -> bool:
+        """True while two learning rates are compared (`Probe`): the weights at hand may be given up after it."""
+        return self._loop.probing
+
+    @property
     def micro_batch(self) -> int | None:
         """Samples that one backward pass on one rank may take; None: all of its part of the batch."""
         return self._loop.micro_batch
