@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 
-def torchrun(world: int, script: Path, *arguments: str, limit: float = 240.0) -> str:
+def torchrun(world: int, script: Path, *arguments: str, limit: float = 600.0) -> str:
     """What a script writes when it runs on `world` processes of this machine, of one thread each, with our import path.
 
     Raises RuntimeError with it if a process fails, or if they take longer than `limit` seconds; then all are ended.
