@@ -20,10 +20,9 @@ RULE_SETS: dict[str, Callable[[Settings], RuleSet]] = {"measured": Measured, "pu
 class Policy(Settings):
     """A deterministic machine that reads gauges and decides: `observe` after every step, or at every reading.
 
-    The measured rules were chosen on six small trainings (character transformer, CNN, two MLPs, GRU, autoencoder) and
-    then run from 15 new starts each, log-uniform over lr 1e-5..1 and batch 8..512: 85 of the 90 came within 10 % of the
-    loss of the best of a static 8 x 4 grid, all samples counted, at a median 0.5 to 1.2 times the samples of that run
-    (worst the GRU, 13 of 15). Without a loss nothing tells a dead network from a healthy one: always give it.
+    The measured rules were chosen on seven small trainings (character transformer, CNN, two MLPs, GRU, autoencoder,
+    ResNet). What they arrive at, from how many starts and at what cost, is in docs/tuning.md. Without a loss nothing
+    tells a dead network from a healthy one: always give it.
 
     Args:
         target: Where readings should be.
