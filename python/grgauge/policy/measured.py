@@ -343,14 +343,13 @@ class Measured:
         s, course, old = self._state, self._state.course, self._state.course.now
         hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s
         due = s.steps >= RULES.probe_steps and course.samples >= s.next_probe
-        decayed = s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak
         higher = self._below(RULES.probe_factor * old.lr, old.batch_size)
         to = self._settings.fit(old, higher, old.batch_size)
         if (
             not (hidden and due)
             or course.age < RULES.settled_steps
             or warming
-            or decayed
+            or self._decaying
             or s.trial is not None
             or s.losses.first is None
             or to.lr < RULES.least_raise * old.lr
@@ -406,6 +405,12 @@ class Measured:
         s = self._state
         return not s.climbed and s.course.age >= RULES.start_steps and s.steps <= RULES.target_step
 
+    @property
+    def _decaying(self) -> bool:
+        """The schedule is clearly below its peak."""
+        s = self._state
+        return s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak
+
     def _too_low(self, gr_t: float, reach: float, evidence: Evidence) -> Decision:
         s, course, limits, old = self._state, self._state.course, self._settings, self._state.course.now
         # Once: with small batches a first loss low by chance is enough to look hurt.
@@ -414,7 +419,7 @@ class Measured:
         patience = RULES.target_step if s.found else RULES.patience + RULES.patience_per_gr_t * gr_t
         trending = reach > RULES.trend and course.age < RULES.trend_steps
         good = s.found and gr_t > RULES.far_below * limits.target.gr_t_zone[0]
-        if s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak:
+        if self._decaying:
             return Continue("below the zone, as the schedule decays", evidence)
         if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
             return Continue("below the zone, waiting", evidence)

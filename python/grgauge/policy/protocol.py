@@ -10,7 +10,10 @@ from .decisions import Config, Decision
 
 
 class RuleSet(Protocol):
-    """Decides what to do about readings and losses, the same for the same."""
+    """Decides what to do about readings and losses, the same for the same.
+
+    One that asks for a `Probe` has `judge` too; see `Policy.judge`.
+    """
 
     def observe(
         self,

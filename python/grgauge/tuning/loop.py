@@ -28,8 +28,8 @@ from .data import Cuts, Data, Source, source
 from .errors import TrainingError
 from .ranks import World, no_sync
 
-PROBE_SHARE = 0.25
-"""Of the samples that are left, what a probe may take."""
+AFFORDED = 0.25
+"""Of the samples that are left, the share that a probe may take."""
 
 GROUPS = 2
 """Micro-batches of a step that is read, at least: the groups of GR_S. S is sharp from two; of G2, which is the noisy
@@ -218,7 +218,7 @@ class Loop:
     def affords(self, probe: Probe, left: int) -> bool:
         """Whether so many samples are enough for a probe. Without averages there is none."""
         cost = sum(probe.samples + (_compared(probe) + 1) * config.batch_size for config in probe.configs)
-        return self.averaged is not None and cost <= PROBE_SHARE * left
+        return self.averaged is not None and cost <= AFFORDED * left
 
     def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
         """What follows from a probe; the weights are then those of the configuration that it decides for."""
@@ -241,7 +241,8 @@ class Loop:
         decision = self.policy.judge((losses[0], losses[1])) if self.world.rank == 0 else None
         decision = self.world.broadcast(decision)
         assert decision is not None
-        self.restore(deserialize(ends[isinstance(decision, Retune)]))
+        here, there = ends
+        self.restore(deserialize(there if isinstance(decision, Retune) else here))
         self._begun = None
         return decision
 

@@ -25,6 +25,7 @@ from .study import Trials
 from .view import View
 
 log = logging.getLogger(__name__)
+
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -244,12 +245,7 @@ class Trial(View):
         elif isinstance(decision, Retune):
             self._retune(decision)
         elif decision is not None:
-            if isinstance(decision, Continue) and decision.notable:
-                log.info("%d samples: %s", self.used, decision)
-                self.record.notes.append(str(decision))
-            self._save()
-            self._trials.write(self.record)
-            self._trials.note(used=self.used)
+            self._go_on(decision)
         self._on_step(self)
         return None
 
@@ -257,14 +253,20 @@ class Trial(View):
         """What follows from a probe, after so many samples on which averages were compared."""
         self.used += compared
         self.record.samples += compared
-        log.info("%d samples: %s", self.used, decision)
         if isinstance(decision, Retune):
             self._retune(decision)
         else:
-            self.record.notes.append(str(decision))
-            self._save()
-            self._trials.write(self.record)
+            self._go_on(decision)
         self._on_step(self)
+
+    def _go_on(self, decision: Decision) -> None:
+        """Store where training is, and what is worth a note."""
+        if isinstance(decision, Continue) and decision.notable:
+            log.info("%d samples: %s", self.used, decision)
+            self.record.notes.append(str(decision))
+        self._save()
+        self._trials.write(self.record)
+        self._trials.note(used=self.used)
 
     def _retune(self, decision: Retune) -> None:
         """Another configuration: with these weights, with those saved before, or from untrained ones."""
