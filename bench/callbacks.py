@@ -26,13 +26,12 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
-from turns import STEPS, Thread, append, origin, significant, spread
+from turns import STEPS, Thread, append, origin, quantile_columns, ratio_columns
 
 RESULTS = Path(__file__).resolve().parent / "results" / "callbacks.csv"
 COLUMNS = (
@@ -172,8 +171,6 @@ def measured(framework: str, training: Training, rounds: int) -> dict[str, list[
 def rows(framework: str, training: Training, samples: dict[str, list[float]]) -> list[dict[str, Any]]:
     made = []
     for variant, times in samples.items():
-        ratios = [a / b for a, b in zip(times, samples["plain"], strict=True)]
-        low, _, high = spread(ratios)
         made.append(
             {
                 **origin(training.device),
@@ -183,10 +180,8 @@ def rows(framework: str, training: Training, samples: dict[str, list[float]]) ->
                 "micro_batches": training.micro_batches,
                 "tokens": training.micro_batches * training.rows * LENGTH,
                 "variant": variant,
-                **{f"q{q}_ms": significant(v) for q, v in zip((20, 50, 80), spread(times), strict=True)},
-                "ratio": significant(median(ratios)),
-                "ratio_q20": significant(low),
-                "ratio_q80": significant(high),
+                **quantile_columns(times),
+                **ratio_columns(times, samples["plain"]),
             }
         )
     return made

@@ -342,7 +342,7 @@ def kernels(run: Run, specs: dict[str, tuple[str, str | None]], numel: int, labe
     for name, seen in samples.items():
         if name == "torch" and "plain" not in specs:
             continue  # its row is the one beside plain and gauged; here it is what the ratios are to
-        columns = quantile_columns(seen)
+        columns = quantile_columns(seen.ms)
         rows.append(
             shared
             | columns
@@ -478,7 +478,7 @@ def gpt(run: Run, model: str, label: str) -> str:
     shared |= {"micro_batches": MICRO_BATCHES}
     rows = [
         shared
-        | quantile_columns(seen)
+        | quantile_columns(seen.ms)
         | {
             "variant": name,
             "ratio_to_torch_fused": significant(ratio(seen, samples["torch"])),

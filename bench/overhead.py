@@ -33,7 +33,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import optuna
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from families.images import resnet18
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from turns import STEPS, Thread, append, origin, significant, spread
+from turns import STEPS, Thread, append, origin, quantile_columns, ratio_columns
 
 import grgauge
 from grgauge.cli.demo import CONTEXT, CharTransformer
@@ -268,9 +267,6 @@ def rows(name: str, task: Task, samples: dict[str, list[float]]) -> list[dict[st
     made = []
     for variant, times in samples.items():
         baseline = "torch_micro" if variant == "gauge_micro" else "torch"
-        ratios = [a / b for a, b in zip(times, samples[baseline], strict=True)]
-        low, _, high = spread(ratios)
-        quantiles = {f"q{q}_ms": significant(v) for q, v in zip((20, 50, 80), spread(times), strict=True)}
         made.append(
             {
                 **origin(task.device),
@@ -279,10 +275,8 @@ def rows(name: str, task: Task, samples: dict[str, list[float]]) -> list[dict[st
                 "batch": task.batch,
                 "variant": variant,
                 "baseline": baseline,
-                **quantiles,
-                "ratio": significant(median(ratios)),
-                "ratio_q20": significant(low),
-                "ratio_q80": significant(high),
+                **quantile_columns(times),
+                **ratio_columns(times, samples[baseline]),
             }
         )
     return made

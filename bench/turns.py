@@ -187,8 +187,14 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return low, median(values), high
 
 
-def quantile_columns(samples: Samples) -> dict[str, float]:
-    return {f"q{q}_ms": significant(value) for q, value in zip((20, 50, 80), spread(samples.ms), strict=True)}
+def quantile_columns(ms: list[float]) -> dict[str, float]:
+    return {f"q{q}_ms": significant(value) for q, value in zip((20, 50, 80), spread(ms), strict=True)}
+
+
+def ratio_columns(ms: list[float], baseline: list[float]) -> dict[str, float]:
+    """Of the ratios between turns of the same round."""
+    low, middle, high = spread([a / b for a, b in zip(ms, baseline, strict=True)])
+    return {"ratio": significant(middle), "ratio_q20": significant(low), "ratio_q80": significant(high)}
 
 
 def significant(value: float) -> float:

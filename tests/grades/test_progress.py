@@ -103,12 +103,18 @@ def test_maximize_counts_what_rises():
     assert falls[0] > 0.0
 
 
-def test_a_scaled_gradient_reads_what_the_unscaled_one_does():
+def trained():
+    """A parameter after five steps, and its optimizer."""
     p = torch.nn.Parameter(torch.zeros(6, 5))
     optimizer = torch.optim.AdamW([p], lr=1e-2)
     for g in gradients(5):
         p.grad = g.clone()
         optimizer.step()
+    return p, optimizer
+
+
+def test_a_scaled_gradient_reads_what_the_unscaled_one_does():
+    p, optimizer = trained()
     g, h = gradients(2, seed=1)
     plain = reading(optimizer, p, g, h)
     assert reading(optimizer, p, 1024.0 * g, 1024.0 * h, scale=torch.tensor(1 / 1024.0)) == pytest.approx(plain)
@@ -116,11 +122,7 @@ def test_a_scaled_gradient_reads_what_the_unscaled_one_does():
 
 
 def test_nothing_is_known_without_the_step_before():
-    p = torch.nn.Parameter(torch.zeros(6, 5))
-    optimizer = torch.optim.AdamW([p], lr=1e-2)
-    for g in gradients(5):
-        p.grad = g.clone()
-        optimizer.step()
+    p, optimizer = trained()
     assert Progress(optimizer, [p], 1).read(None, None, [None]).isnan().all()
 
 
