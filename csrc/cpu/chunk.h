@@ -222,9 +222,10 @@ void copy(T* to, const T* from, int64_t n) {
   std::memcpy(to, from, n * sizeof(T));
 }
 
-/* The last, partial vector of a chunk: moved through a zero-padded copy, so its elements see the same operations. */
+/* The last, partial vector of a chunk: moved through a zero-padded copy, so its elements see the same operations. One
+ * function for all kinds, as where nothing is scaled a multiplication by 1 changes nothing. */
 template <class K, class G, class P, class M>
-void visit_tail(const Streams<G, P, M>& s, int64_t i, int64_t n, const Scalars& a, Sums& sum) {
+__attribute__((noinline)) void visit_tail(const Streams<G, P, M>& s, int64_t i, int64_t n, const Scalars& a, Sums& sum) {
   G grad[F::W] = {};
   P param[F::W] = {};
   M m[F::W] = {}, v[F::W] = {};
@@ -264,7 +265,7 @@ void visit_vectors(const Streams<G, P, M>& s, int64_t whole, const Scalars& a, T
 /* Chunks [first, last) of the plan; the sums of chunk i go to partials[i * GRGAUGE_SUMS]. */
 template <class K, class G, class P, class M>
 void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double* partials) {
-  using Masked = Kind<K::adamw, K::sums, K::states, K::scaled, true>;
+  using Any = Kind<K::adamw, true, true, true, true>;
   Scalars scalars(pass, K::adamw && first < last ? step_of(pass, pass.rows[first].segment) : 1.0);
 
   for (int64_t c = first; c < last; ++c) {
@@ -283,7 +284,7 @@ void visit_chunks(const grgauge_pass& pass, int64_t first, int64_t last, double*
     visit_vectors<K>(s, whole, scalars, total);
     if (whole < row.length) {
       Sums sum;
-      visit_tail<Masked>(s, whole, row.length - whole, scalars, sum);
+      visit_tail<Any>(s, whole, row.length - whole, scalars, sum);
       if (K::sums) total.add(sum, K::states);
     }
     if (K::sums) {
@@ -315,13 +316,19 @@ visit_function choose_scaled(const grgauge_pass& pass) {
   return scaled ? choose_sums<G, P, adamw, true>(pass) : choose_sums<G, P, adamw, false>(pass);
 }
 
-/* With stochastic rounding, half as many: a multiplication by 1 changes nothing, and sums are of moments as they were
- * before rounding, which nobody can look for afterwards. */
+/* With stochastic rounding, sums are of moments as they were before rounding, which nobody can look for afterwards. */
+template <class G, class P, class M, bool scaled>
+visit_function choose_rounded(const grgauge_pass& pass) {
+  if (pass.ema || pass.previous) return visit_chunks<Kind<true, true, true, scaled, true>, G, P, M>;
+  if (pass.stats) return visit_chunks<Kind<true, true, false, scaled, true>, G, P, M>;
+  return pass.zero_grad ? visit_chunks<Kind<true, false, false, scaled, true>, G, P, M>
+                        : visit_chunks<Kind<true, false, false, scaled, false>, G, P, M>;
+}
+
 template <class G, class P, class M>
 visit_function choose_rounding(const grgauge_pass& pass) {
-  if (pass.ema || pass.previous) return visit_chunks<Kind<true, true, true, true, true>, G, P, M>;
-  return pass.stats ? visit_chunks<Kind<true, true, false, true, true>, G, P, M>
-                    : visit_chunks<Kind<true, false, false, true, true>, G, P, M>;
+  const bool scaled = pass.inv_scale || pass.clip || pass.maximize;
+  return scaled ? choose_rounded<G, P, M, true>(pass) : choose_rounded<G, P, M, false>(pass);
 }
 
 template <class G>
