@@ -418,15 +418,19 @@ def _checked(plan: Plan, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         _explain_all(plan, streams)
         raise
     for name, stream in zip(streams, checked, strict=True):
-        if not (stream.sizes == plan.stream_sizes and stream.in_order and _belongs(plan, name, stream)):
+        dtypes = _dtypes_of(name)
+        if stream.checked_for == (plan, dtypes):  # a stream that is kept from step to step
+            continue
+        placed = not stream or (stream[0].dtype in dtypes and stream[0].device == plan.rows.device)
+        if not (placed and stream.in_order and stream.sizes == plan.stream_sizes):
             _explain_all(plan, streams)
+        stream.checked_for = plan, dtypes
     return list(checked)
 
 
-def _belongs(plan: Plan, name: str, stream: Stream) -> bool:
-    """True if the tensors, all of one dtype and device, have a dtype for the kernels and are on the plan's device."""
-    dtypes = MOMENT_DTYPES if name in MOMENTS else FLOATS
-    return not stream or (stream[0].dtype in dtypes and stream[0].device == plan.rows.device)
+def _dtypes_of(name: str) -> frozenset[torch.dtype]:
+    """What the tensors of that name may have."""
+    return MOMENT_DTYPES if name in MOMENTS else FLOATS
 
 
 def _explain_all(plan: Plan, streams: dict[str, Sequence[Tensor]]) -> None:
@@ -443,7 +447,7 @@ def _explain(plan: Plan, name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} must be the one flat buffer of {bucket.extent} elements that the plan is for")
     elif len(tensors) != plan.segments:
         raise ValueError(f"{name} has {len(tensors)} tensors, the plan {plan.segments} segments")
-    allowed = MOMENT_DTYPES if name in MOMENTS else FLOATS
+    allowed = _dtypes_of(name)
     for i, t in enumerate(tensors):
         if not plan.flat and t.numel() != bucket.sizes[i]:
             raise ValueError(f"{name}[{i}] has {t.numel()} elements, segment {i} has {bucket.sizes[i]}")

@@ -31,6 +31,7 @@ class Stream(tuple[Tensor, ...]):
         addresses: uint64 [tensors], the addresses of the first elements.
         sizes: uint64 [tensors], numbers of elements.
         in_order: True if all have one device and one dtype, and are row-major.
+        checked_for: What an op has found the stream to fit, so that it need not look again; None before that.
 
     Examples:
         >>> import torch
@@ -45,6 +46,7 @@ class Stream(tuple[Tensor, ...]):
     addresses: array[int]
     sizes: array[int]
     in_order: bool
+    checked_for: object
     _objects: array[int]
     _facts: array[int]
 
@@ -54,6 +56,7 @@ class Stream(tuple[Tensor, ...]):
         self._objects = array("Q", map(id, self))
         self._facts = facts = _describe(self, self._objects)
         self.addresses, self.sizes, kinds = facts[:n], facts[n : 2 * n], facts[2 * n :]
+        self.checked_for = None
         self.in_order = not n or (kinds[0] & 0xFFFFFFFF == 0 and kinds == kinds[:1] * n)
         return self
 

@@ -56,7 +56,7 @@ NEEDS = {
     "PBT (Ray)": "ray",
 }
 """Packages of tuners that are skipped, with a line that says so, where these are not installed."""
-STATIC, CALIBRATED = "best static run", "calibrated AdamW"
+STATIC, CALIBRATED, ALONE = "best static run", "calibrated AdamW", "AdamW left alone"
 
 
 class Problem:
@@ -139,7 +139,7 @@ def jobs(
         defaults, blinds = tuners(made, {False: strict, True: strict}, fixed.get(name))
         for seed in range(seeds):
             for label, run in defaults.items():
-                start = f"default {seed}" if label.startswith("GR-Gauge") else f"seed {seed}"
+                start = f"default {seed}" if label.startswith(("GR-Gauge", ALONE)) else f"seed {seed}"
                 yield name, label, start, lambda r=run, s=seed: r(s).curves()
         for seed in range(blind):
             for label, run in blinds.items():
@@ -151,9 +151,14 @@ def tuners(family: Family, goals: dict[bool, float], fixed: Config | None) -> tu
 
     fixed  the configuration calibrated over the other families
     """
+
+    def alone(config: Config, seed: int) -> live.Looks:
+        return live.trained(family, live.adamw(config.lr), config.batch, seed, goals)
+
     defaults: dict[str, Live] = {
         "GR-Gauge": lambda seed: live.gr_gauge(family, None, seed, goals),
         "GR-Gauge, paper": lambda seed: live.gr_gauge(family, None, seed, goals, paper=True),
+        ALONE: lambda seed: alone(live.DEFAULT, seed),
         "Prodigy": lambda seed: live.trained(family, live.prodigy, live.BATCH, seed, goals),
         "Schedule-Free AdamW": lambda seed: live.trained(family, live.schedule_free, live.BATCH, seed, goals),
         "lr_find (Lightning)": lambda seed: lr_range().lr_find(family, live.BATCH, seed, goals),
@@ -161,9 +166,7 @@ def tuners(family: Family, goals: dict[bool, float], fixed: Config | None) -> tu
         "PBT (Ray)": lambda seed: population().pbt(family, seed, goals),
     }
     if fixed is not None:
-        optimizer = live.adamw(fixed.lr)
-        label = f"{CALIBRATED}, up to 4 runs"
-        defaults[label] = lambda seed: live.trained(family, optimizer, fixed.batch, seed, goals)
+        defaults[f"{CALIBRATED}, up to 4 runs"] = lambda seed: alone(fixed, seed)
 
     def independent(seed: int, guided: bool, pruning: Pruning | None) -> live.Looks:
         following = apart.guided if guided else apart.by_chance(seed)
@@ -172,6 +175,7 @@ def tuners(family: Family, goals: dict[bool, float], fixed: Config | None) -> tu
     blinds: dict[str, Live] = {
         "GR-Gauge, blind starts": lambda seed: live.gr_gauge(family, start_of(seed), seed, goals),
         "GR-Gauge, paper, blind starts": lambda seed: live.gr_gauge(family, start_of(seed), seed, goals, paper=True),
+        f"{ALONE}, blind starts": lambda seed: alone(start_of(seed), seed),
         "GR-Gauge, no-R": lambda seed: independent(seed, True, Pruning()),
         "GR-Gauge, no-RS": lambda seed: independent(seed, False, Pruning()),
         "GR-Gauge, no-RT": lambda seed: independent(seed, True, None),

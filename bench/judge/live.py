@@ -27,6 +27,8 @@ LIMIT = 4.0
 """Static runs that a live tuner may spend."""
 BATCH = BATCHES[2]
 """Of optimizers that set their own learning rate and no batch."""
+DEFAULT = Config(1e-3, 32)
+"""Where `tune` begins in these bounds if it is not told."""
 
 
 class Arrived(BaseException):

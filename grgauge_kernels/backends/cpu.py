@@ -62,15 +62,13 @@ def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
     stats = torch.empty(u.segments, 6, dtype=torch.float64) if u.sums else _NO_SUMS
     task = native.Pass(u.grads, u.rows, u.segments, stats if u.sums else None, u.ema, u.previous, u.beta, u.inv_scale)
     task.update(u, u.step, u.lr if u.lr_tensor is None else float(u.lr_tensor))
-    table = addresses_of(u.grads) + addresses_of(u.params) + addresses_of(u.exp_avgs) + addresses_of(u.exp_avg_sqs)
-    start, size = table.buffer_info()[0], table.itemsize * len(u.grads)
-    task.grads, task.params = start, start + size
-    task.exp_avgs, task.exp_avg_sqs = start + 2 * size, start + 3 * size
-    return functools.partial(_update, task, stats, table)
+    tables = [addresses_of(tensors) for tensors in (u.grads, u.params, u.exp_avgs, u.exp_avg_sqs)]
+    task.grads, task.params, task.exp_avgs, task.exp_avg_sqs = [table.buffer_info()[0] for table in tables]
+    return functools.partial(_update, task, stats, tables)
 
 
-def _update(task: native.Pass, stats: Tensor, table: array[int]) -> Tensor:
-    """`table` has to live as long as the task, which points into it."""
+def _update(task: native.Pass, stats: Tensor, tables: list[array[int]]) -> Tensor:
+    """The tables have to live as long as the task, which points into them."""
     _run("adamw_", task)
     return stats
 
