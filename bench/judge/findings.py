@@ -9,7 +9,7 @@ import families
 import numpy as np
 import pandas as pd
 
-from .evidence import STATIC
+from .evidence import ALONE, STATIC
 from .live import LIMIT
 from .opponents import REPLAYED
 from .protocol import FEWEST, Costs, compared, paired, score, winner
@@ -27,6 +27,8 @@ from .summaries import (
 )
 
 OURS = "GR-Gauge"
+COMPARED = (0.5, 1.0, 2.0, 4.0)
+"""Budgets, in static runs, at which GR-Gauge is compared with a start that is left alone."""
 
 
 def against(tuner: str, tuners: dict[str, Costs], judged: bool = True) -> tuple[str, str]:
@@ -236,6 +238,36 @@ def ablations(rows: pd.DataFrame) -> list[str]:
             lines.append(f"| {family} | {words} | {target} | {len(part)} | {' | '.join(cells)} |")
     few = "Fewer than five starts decide nothing; the counts say what was seen."
     return [*lines, "", few, ""] if len(lines) > 4 else ["Not measured yet.", ""]
+
+
+def left_alone(regrets: pd.DataFrame) -> list[str]:
+    """GR-Gauge beside the same start that is left alone, at equal samples."""
+    lines = [
+        "Regret of the best so far at equal samples, GR-Gauge less AdamW that keeps the configuration of the start: "
+        "below 0 tuning has helped. Better and worse count differences of more than twice the standard deviation over "
+        "the seeds of the default start left alone. Who has met the strict target stops, and keeps the regret of then.",
+        "",
+        "| family, weights | starts | "
+        + " | ".join(f"{budget:g} static runs: median, better, worse" for budget in COMPARED)
+        + " |",
+        "|---" * (len(COMPARED) + 2) + "|",
+    ]
+    at = regrets.pivot_table("regret", ["family", "weights", "tuner", "start"], "budget").ffill(axis=1)
+    names = set(at.index.get_level_values("tuner"))
+    for (family, weights), part in at.groupby(level=["family", "weights"]):
+        own = part.droplevel(["family", "weights"])
+        noise = 2.0 * own.loc[ALONE].std() if ALONE in own.index else None
+        for kind in ("", ", blind starts"):
+            if noise is None or not {f"{OURS}{kind}", f"{ALONE}{kind}"} <= names & set(own.index.get_level_values(0)):
+                continue
+            apart = (own.loc[f"{OURS}{kind}"] - own.loc[f"{ALONE}{kind}"]).dropna(how="all")
+            cells = [
+                f"{apart[budget].median():+.3f}, {(apart[budget] < -noise[budget]).sum()}, "
+                f"{(apart[budget] > noise[budget]).sum()}"
+                for budget in COMPARED
+            ]
+            lines.append(f"| {family}, {weights}{kind or ', default start'} | {len(apart)} | {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > 4 else ["Not measured yet.", ""]
 
 
 def reuse(rows: pd.DataFrame) -> list[str]:

@@ -244,6 +244,7 @@ def main() -> int:
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
         lines += [f"## {title}", "", f"![{title}]({name}.svg)", ""]
         lines += [f"*What holds.* {holds}", "", f"*What does not.* {not_so}", ""]
+    lines += ["## Tuning against leaving the start alone", "", *findings.left_alone(regrets)]
     lines += ["## Gauges and good configurations", "", *findings.zones(table)]
     lines += ["## What each of the three actions is worth", "", *findings.ablations(costs)]
     if REUSE.exists():

@@ -6,7 +6,7 @@
 
 Each run is a shard of its own in build/table, moved there when it is whole, so a run is there or is done again. After
 the grid come five fresh seeds of the best configuration, for raw weights and for averaged ones: they set the targets.
-Assembly takes complete families only.
+Assembly takes complete families only, and keeps those of the table that have no shards here.
 """
 
 from __future__ import annotations
@@ -83,16 +83,23 @@ def runs(made: Family) -> Iterator[tuple[Config, int]]:
 
 
 def assembled(device: torch.device) -> pd.DataFrame:
-    """The rows of all families that are complete on that device. Raises RuntimeError if there is none."""
-    parts = []
+    """The rows of all families that are complete on that device, and those of the table of which nothing is here.
+
+    Raises RuntimeError if no family is complete.
+    """
+    parts: dict[str, pd.DataFrame] = {}
     for name in NAMES:
         made = placed(family(name), device)
         rows = rows_of(made)
         if rows is not None and all(shard(folder(made), *run).exists() for run in fresh(made)):
-            parts.append(rows.assign(held_out=len(made.held_out)))
+            parts[name] = rows.assign(held_out=len(made.held_out))
     if not parts:
         raise RuntimeError("no family is complete: record one first")
-    rows = pd.concat(parts, ignore_index=True).sort_values(["family", "lr", "batch", "seed", "check"])
+    kept = pd.read_parquet(table.PATH).astype({"family": "str"}) if table.PATH.exists() else pd.DataFrame()
+    others = [rows for name, rows in kept.groupby("family") if name not in parts] if len(kept) else []
+    rows = pd.concat([*others, *parts.values()], ignore_index=True).sort_values(
+        ["family", "lr", "batch", "seed", "check"], ignore_index=True
+    )
     narrow = {name: "float32" for name in rows.select_dtypes("float64").columns if name != "lr"}
     return rows.astype({**narrow, "family": "category"})
 
