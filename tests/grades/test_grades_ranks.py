@@ -95,6 +95,8 @@ RUNS = {
 OPTIONS = {"tau": 0.8, "total_steps": STEPS, "alpha": 0.5, "patience": 1, "every": 2, "warmup": 0, "thaw": 1.05}
 COUNTED = 13  # matrices are frozen, and not looked at in the next step
 CUT = 15  # between the two steps of a reading that looks at frozen matrices as well
+BY_SIGNAL = {"metric": "signal", "epsilon": 0.2, "total_steps": 60, "patience": 1, "every": 2, "warmup": 4}
+CUT_BY_SIGNAL = 45  # some matrices are frozen, and others later
 
 
 def full(p):
@@ -115,20 +117,20 @@ def backward_flops(model, ranks):
     return counter.get_total_flops()
 
 
-def run(wrap, make, checkpointed, ranks):
+def run(wrap, make, checkpointed, ranks, options=OPTIONS, cut=CUT):
     """A whole run; and one that is cut, and continued by other objects."""
     torch.manual_seed(0)
     model = wrap(Net(checkpointed))
     optimizer = make(model.parameters())
-    grades = GradES(model, optimizer, **OPTIONS)
+    grades = GradES(model, optimizer, **options)
     flops = backward_flops(model, ranks)
     trace = []
-    for t in range(1, STEPS + 1):
+    for t in range(1, options["total_steps"] + 1):
         train(model, optimizer, ranks, t, t)
         trace.append((dict(grades.frozen), values_of(model)))
         if t == COUNTED:
             fewer_flops = backward_flops(model, ranks)
-        if t == CUT:
+        if t == cut:
             parameters = values_of(model)
             saved = copy.deepcopy((optimizer.state_dict(), grades.state_dict()))
     torch.manual_seed(0)
@@ -136,10 +138,10 @@ def run(wrap, make, checkpointed, ranks):
     net.load_state_dict(parameters)
     resumed = wrap(net)
     optimizer = make(resumed.parameters())
-    after = GradES(resumed, optimizer, **OPTIONS)
+    after = GradES(resumed, optimizer, **options)
     optimizer.load_state_dict(saved[0])
     after.load_state_dict(saved[1])
-    train(resumed, optimizer, ranks, CUT + 1, STEPS)
+    train(resumed, optimizer, ranks, cut + 1, options["total_steps"])
     return {
         "matrices": grades.matrices,
         "history": [(r.step, r.values, r.froze, r.thawed) for r in grades.history],
@@ -155,6 +157,7 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     results = {name: run(*how, [rank]) for name, how in RUNS.items()}
+    results |= {f"signal, {name}": run(*how, [rank], BY_SIGNAL, CUT_BY_SIGNAL) for name, how in RUNS.items()}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -168,10 +171,12 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    return run(plain, adamw, False, range(RANKS))
+    by_delta = run(plain, adamw, False, range(RANKS))
+    by_signal = run(plain, adamw, False, range(RANKS), BY_SIGNAL, CUT_BY_SIGNAL)
+    return dict.fromkeys(RUNS, by_delta) | dict.fromkeys((f"signal, {name}" for name in RUNS), by_signal)
 
 
-EVERY_RUN = pytest.mark.parametrize("name", RUNS)
+EVERY_RUN = pytest.mark.parametrize("name", [*RUNS, *(f"signal, {name}" for name in RUNS)])
 
 
 def text(history):
@@ -186,12 +191,12 @@ def test_ranks_decide_alike_in_the_same_step(ranks, name):
         assert frozen == other_frozen
         assert all(torch.equal(p, other_values[key]) for key, p in values.items())
     assert any(froze for *_, froze, _ in one["history"])
-    assert any(thawed for *_, thawed in one["history"])
+    assert any(thawed for *_, thawed in one["history"]) or name.startswith("signal")  # which freezes for good
 
 
 @EVERY_RUN
 def test_ranks_decide_as_one_process_does_with_the_batches_of_all(ranks, alone, name):
-    result = ranks[0][name]
+    result, alone = ranks[0][name], alone[name]
     assert result["matrices"] == alone["matrices"]
     for (step, values, froze, thawed), expected in zip(result["history"], alone["history"], strict=True):
         assert (step, froze, thawed) == (expected[0], *expected[2:])
@@ -214,7 +219,7 @@ def test_a_frozen_matrix_does_not_move_by_a_bit(ranks, name):
     assert compared > 10
 
 
-@EVERY_RUN
+@pytest.mark.parametrize("name", RUNS)
 def test_the_product_for_a_frozen_weights_gradient_is_saved(ranks, name):
     """All of it but that of an attention's output projection under DDP, which its module never calls."""
     before, after = ranks[0][name]["flops"]
