@@ -15,8 +15,8 @@ from policy.healthy import CONFIG, READING, watch
 from policy.simulated import EVERY, FATAL, Loop, Outcome, World, ideal_cost
 
 from grgauge import Config, Continue, Policy, Retune, Stop, Target, theory
-from grgauge.policy.losses import Losses
-from grgauge.policy.measured import full_grown
+from grgauge.policy.gauge_rules import full_grown
+from grgauge.policy.losses import Losses, loss_at
 from grgauge.policy.rules import RULES
 
 # --- the five ways in which simpler controllers failed ---------------------------------------------------------------
@@ -414,8 +414,8 @@ def test_losses_know_their_noise_whatever_their_trend():
             losses.close(i)
     assert losses.variance == pytest.approx(0.04, rel=0.6)
     assert losses.fall(20, -1.0) == pytest.approx(0.5, abs=0.2)
-    assert losses.at(201.0) == pytest.approx(5.0 - 2.0, abs=0.4)
-    assert losses.at(1e6) is None
+    assert loss_at(losses.curve, 201.0) == pytest.approx(5.0 - 2.0, abs=0.4)
+    assert loss_at(losses.curve, 1e6) is None
 
 
 def test_losses_stay_small_and_keep_their_span():

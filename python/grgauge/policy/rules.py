@@ -85,6 +85,9 @@ class Rules:
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
     probe_again: float = 3.0  # times the samples so far, until the next one
+    compared_least: int = 4  # batches that both sides are compared on: the error of fewer differences says too little
+    compared_samples: int = 64  # in them, at least: losses of a few samples differ by chance
+    compared_part: int = 8  # or one for so many steps of a side: without backward, a few percent of what it costs
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
     plateau_error: float = 0.01  # relative error of the loss, ...

@@ -109,11 +109,9 @@ class Watch:
             return None
         aged = [(reading.step - self.start, reading, lr) for reading, lr in self._kept]
         low, high = WINDOW
-        chosen = [(reading, lr) for age, reading, lr in aged if low <= age <= high]
-        if not chosen and (late := [(reading, lr) for age, reading, lr in aged if age > high]):
-            chosen = late[:1]
-        if not chosen:
-            chosen = [(reading, lr) for _, reading, lr in aged[-3:]]
+        inside = [(reading, lr) for age, reading, lr in aged if low <= age <= high]
+        past = [(reading, lr) for age, reading, lr in aged if age > high]
+        chosen = inside or past[:1] or self._kept[-3:]
         if not chosen:
             return self.late()
         middle = median(reading.step for reading, _ in chosen) - self.start
