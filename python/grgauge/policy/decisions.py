@@ -20,11 +20,6 @@ class Config:
 
     Raises:
         ValueError: a number is out of range.
-
-    Examples:
-        >>> import grgauge
-        >>> print(grgauge.Config(lr=1e-3, batch_size=64))
-        lr 1.00e-03, batch 64
     """
 
     lr: float
@@ -77,8 +72,6 @@ class Continue:
     """Train on as before.
 
     Attributes:
-        reason: in words.
-        evidence: that the decision rests on.
         notable: worth a line in a log: something would have been done, but for a reason that comes up once a trial.
     """
 
@@ -98,8 +91,6 @@ class Retune:
         config: the new configuration.
         reuse: True: with the weights and optimizer state at hand, which are to be saved first; False: from untrained
             weights.
-        reason: in words.
-        evidence: that the decision rests on.
         rollback: with `reuse`: with the weights and state that the last `Retune` without rollback saved.
     """
 
@@ -133,8 +124,6 @@ class Probe:
     Attributes:
         configs: the present one, and another of the same batch.
         samples: to train on at each.
-        reason: in words.
-        evidence: that the decision rests on.
     """
 
     configs: tuple[Config, Config]

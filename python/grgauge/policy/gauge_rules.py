@@ -15,27 +15,14 @@ from .rules import RULES
 
 def batch_size(moves: Moves, reading: Reading) -> Decision | None:
     """Down as soon as it is far too large, since that is dear; up with care."""
-    s, limits, target, old = moves.state, moves.settings, moves.settings.target, moves.state.course.now
-    gr_s, error, mu = reading.gr_s, _finite(reading.gr_s_error), reading.noise_scale
+    s, limits, old = moves.state, moves.settings, moves.state.course.now
+    gr_s, error = reading.gr_s, _finite(reading.gr_s_error)
     if gr_s is None or not 0.0 < gr_s < math.inf:
         return None
-    low, high = target.gr_s_zone
     interval = None if error is None else (gr_s - limits.z * error, gr_s + limits.z * error)
-    wanted = old.batch_size * gr_s / target.gr_s
-    if interval is None:
-        if s.found or gr_s > RULES.far_above * low:
-            return None
-    elif interval[1] < low:
-        error_of_mu = reading.noise_scale_error or math.inf
-        if mu is not None and 0.0 < mu < math.inf and error_of_mu < RULES.noise_scale_error * mu:
-            wanted = batch_for_gr_s(target.gr_s, mu)
-    elif interval[0] > high or (gr_s > high and interval[1] > 1.0 and s.course.age >= RULES.unsure_steps):
-        # from below: to the near edge of the zone, as the near end of the interval has it
-        near = min(max(interval[0], 1.0 / old.batch_size), RULES.near_one)
-        known = near > high and old.batch_size > 1  # a batch of 1 reads 1 whatever the noise is
-        wanted = batch_for_gr_s(high, noise_scale_from_gr_s(near, old.batch_size)) if known else math.inf
-    else:
-        s.away = 0
+    wanted = _wanted_batch(moves, reading, gr_s, interval)
+    if wanted is None:
+        s.away = s.away if interval is None else 0
         return None
     s.away += 1
     most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
@@ -45,17 +32,39 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
     needed, checks = (RULES.found_batch_change, RULES.found_checks) if s.found else (RULES.batch_change, 1)
     if max(ratio, 1.0 / ratio) < needed or s.away < checks:
         return None
-    reason = "the batch is too small" if ratio > 1.0 else "the batch is larger than it need be"
-    evidence = Evidence("batch", s.course.step, "GR_S", gr_s, interval)
-    if ratio > 1.0 and s.found:
-        quiet = not s.recent or s.recent[-1] <= math.log(target.gr_t_zone[1])
+    evidence, (low_gr_t, high_gr_t) = Evidence("batch", s.course.step, "GR_S", gr_s, interval), limits.target.gr_t_zone
+    if ratio < 1.0:
+        lr = moves.below(old.lr * ratio**limits.coupling, batch)
+        return moves.to(lr, batch, "the batch is larger than it need be", evidence)
+    reason = "the batch is too small"
+    if s.found:
+        quiet = not s.recent or s.recent[-1] <= math.log(high_gr_t)
         return stall(moves, old.lr, batch, reason, evidence, _jumps(reading)) if quiet else None
-    if ratio > 1.0 and (batch > RULES.largest_raised or not s.losses.learned()):
+    if batch > RULES.largest_raised or not s.losses.learned():
         return None
-    # Up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
-    low_lr = not (s.found or s.hurt) and bool(s.recent) and max(s.recent) < math.log(target.gr_t_zone[0])
-    lr = old.lr * ratio**limits.coupling if ratio < 1.0 or low_lr else old.lr
+    # lr up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
+    low = not s.hurt and bool(s.recent) and max(s.recent) < math.log(low_gr_t)
+    lr = old.lr * ratio**limits.coupling if low else old.lr
     return moves.to(moves.below(lr, batch), batch, reason, evidence)
+
+
+def _wanted_batch(moves: Moves, reading: Reading, gr_s: float, interval: tuple[float, float] | None) -> float | None:
+    """The batch that would bring GR_S into its zone, from its interval and the noise scale; None to leave it."""
+    s, target, size = moves.state, moves.settings.target, moves.state.course.now.batch_size
+    mu, mu_error, (low, high) = reading.noise_scale, reading.noise_scale_error or math.inf, target.gr_s_zone
+    in_proportion = size * gr_s / target.gr_s
+    if interval is None:
+        return None if s.found or gr_s > RULES.far_above * low else in_proportion
+    if interval[1] < low:
+        if mu is not None and 0.0 < mu < math.inf and mu_error < RULES.noise_scale_error * mu:
+            return batch_for_gr_s(target.gr_s, mu)
+        return in_proportion
+    if interval[0] > high or (gr_s > high and interval[1] > 1.0 and s.course.age >= RULES.unsure_steps):
+        # from below: to the near edge of the zone, as the near end of the interval has it
+        near = min(max(interval[0], 1.0 / size), RULES.near_one)
+        known = near > high and size > 1  # a batch of 1 reads 1 whatever the noise is
+        return batch_for_gr_s(high, noise_scale_from_gr_s(near, size)) if known else math.inf
+    return None
 
 
 def probe(moves: Moves, reading: Reading) -> Decision | None:
@@ -122,7 +131,7 @@ def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Dec
     if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
         return Continue("below the zone, waiting", evidence)
     factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
-    batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.young_batch)
+    batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.cheap_batch)
     lr = moves.below(old.lr * factor, batch)
     if lr < RULES.least_raise * old.lr:
         return rival_further(moves) or Continue("below the zone, just below a learning rate that failed", evidence)

@@ -69,7 +69,7 @@ def plateau(moves: Moves) -> Decision | None:
     falls = now < untrained - RULES.plateau_fall * scale or (losses.fall(blocks, course.start) or 0.0) > least_fall
     if falls or error > RULES.plateau_error * scale:
         return None
-    cheap = min(old.batch_size, max(RULES.plateau_batch, old.batch_size // RULES.plateau_share))
+    cheap = min(old.batch_size, max(RULES.cheap_batch, old.batch_size // RULES.cheap_share))
     batch = limits.fit(old, old.lr, cheap).batch_size
     lr = old.lr * min(RULES.plateau_raise, limits.max_lr_factor) * (batch / old.batch_size) ** limits.coupling
     if lr > RULES.plateau_below * moves.below(math.inf, batch):

@@ -21,16 +21,11 @@ class Block:
 
 @dataclass
 class Losses:
-    """Training losses of one line of weights, in blocks from check to check.
+    """Training losses of one line of weights, in blocks from check to check."""
 
-    first     the first loss, that of untrained weights if it was given
-    curve     the blocks so far, thinned where they are old
-    variance  of a single loss about its level, half the mean square of successive differences, which no trend enters
-    """
-
-    first: float | None = None
-    curve: list[Block] = field(default_factory=list)
-    variance: float = 0.0
+    first: float | None = None  # that of untrained weights if it was given
+    curve: list[Block] = field(default_factory=list)  # so far, thinned where it is old
+    variance: float = 0.0  # of single losses: half the mean square of successive differences, which no trend enters
     differences: float = 0.0  # how many, with old ones fading
     size: int = 1  # losses in the newest block
     total: float = 0.0

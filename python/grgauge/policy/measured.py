@@ -51,9 +51,8 @@ class Measured:
             return Continue("no new reading", Evidence("waiting", step))
         warming = s.lr_factor is not None and lr_factor > s.lr_factor
         s.lr_factor, s.peak = lr_factor, max(s.peak, lr_factor)
-        s.steps += steps
+        s.steps = 0 if warming else s.steps + steps
         if warming:  # nothing that is seen so far is the doing of this learning rate
-            s.steps = 0
             moves.begin()
         return (
             loss_rules.wrecked(moves, s.losses.close(s.course.samples))

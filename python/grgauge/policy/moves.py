@@ -117,7 +117,7 @@ class Moves:
             return self._book(lr, saved.batch_size, f"{reason}: back to saved weights", evidence, rollback=True)
         if old.lr <= limits.lr_bounds[0]:
             return Stop(f"{reason} at the lowest learning rate allowed", evidence)
-        batch = min(old.batch_size, max(RULES.restart_batch, old.batch_size // RULES.restart_share))
+        batch = min(old.batch_size, max(RULES.restart_batch, old.batch_size // RULES.cheap_share))
         return self._restart(old.lr / RULES.restart, batch, f"{reason}: start again lower", evidence)
 
     def start_lower(self, lr: float, reason: str, evidence: Evidence) -> Decision:

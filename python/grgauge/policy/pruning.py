@@ -97,10 +97,9 @@ class Pruning:
         """
         if not trial:
             return None
-        newest = trial[-1]
-        step = newest.reading.step
-        if not math.isfinite(newest.loss):
-            return Evidence("diverged", step, "loss", newest.loss)
+        step, newest = trial[-1].reading.step, trial[-1].loss
+        if not math.isfinite(newest):
+            return Evidence("diverged", step, "loss", newest)
         judged = [p for p in trial if p.reading.step >= self.warm_up][-self.patience :]
         if len(judged) < self.patience:
             return None
@@ -108,7 +107,7 @@ class Pruning:
         losses = [p.loss for p in trial]
         falling = _falls(losses) or _falls(losses[-2 * self.patience :])  # over the whole trial, or lately
         if not falling and all(p.loss > first for p in judged):
-            return Evidence("diverged", step, "loss", newest.loss, (-math.inf, first))
+            return Evidence("diverged", step, "loss", newest, (-math.inf, first))
         known = [gr_t for p in judged if (gr_t := self._gr_t(p.reading)) is not None]
         if falling or len(known) < len(judged):
             return None

@@ -67,12 +67,9 @@ class Published:
         if s.inherited:
             s.inherited = False
             return self._move(old, "not back in the zone within grace", evidence, reuse=False)
-        to = limits.fit(
-            old,
-            old.lr * min(max(lr, 1.0 / limits.max_lr_factor), limits.max_lr_factor),
-            old.batch_size * min(max(batch, 1.0 / limits.max_batch_factor), limits.max_batch_factor),
-        )
-        decision = self._move(to, "out of the zone", evidence)
+        lr = min(max(lr, 1.0 / limits.max_lr_factor), limits.max_lr_factor)
+        batch = min(max(batch, 1.0 / limits.max_batch_factor), limits.max_batch_factor)
+        decision = self._move(limits.fit(old, old.lr * lr, old.batch_size * batch), "out of the zone", evidence)
         s.inherited = isinstance(decision, Retune)
         return decision
 

@@ -75,11 +75,7 @@ class Watch:
         self._lr: float | None = None
 
     def observe(self, reading: Reading, lr: float | None = None) -> None:
-        """Take in a reading.
-
-        reading  newer than those before
-        lr       the learning rate that it was read at, None if unknown
-        """
+        """Take in a newer reading, and the learning rate that it was read at if that is known."""
         before, self.newest = self.newest, reading
         risen = lr is not None and self._lr is not None and lr > RISE * self._lr
         fallen = lr is not None and self._lr is not None and DROP * lr < self._lr
@@ -131,7 +127,6 @@ class Watch:
         return {**plain, "newest": newest, "kept": [(reading.to_dict(), lr) for reading, lr in self._kept]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`."""
         plain = {name: state[name] for name in self._plain}
         newest = None if state["newest"] is None else Reading.from_dict(state["newest"])
         kept = [(Reading.from_dict(values), lr) for values, lr in state["kept"]]
