@@ -94,6 +94,16 @@ def test_a_beta_changed_under_way_is_noticed():
     assert any("betas[0] is now [0.85]" in note for note in gauge.reading().notes)
 
 
+def test_clipping_that_begins_under_way_is_noticed():
+    net = network()
+    optimizer = AdamW(net.parameters())
+    _, _, gauge = run(None, 5, net=net, optimizer=optimizer, gauge=Gauge(optimizer, 32))
+    optimizer.max_grad_norm = 1.0
+    run(None, 5, net=net, optimizer=optimizer, gauge=gauge, start=5)
+    assert gauge.reading().gr_t is None
+    assert any("gradients are now clipped" in note for note in gauge.reading().notes)
+
+
 def test_parameters_that_only_torch_updates_are_noticed_when_they_come():
     params = [nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10, dtype=torch.float64))]
     optimizer = AdamW(params[:1])
@@ -108,6 +118,7 @@ def test_parameters_that_only_torch_updates_are_noticed_when_they_come():
     assert gr_t() == pytest.approx(1.0)
     optimizer.add_param_group({"params": params[1:]})
     assert gr_t() is None
+    assert any("torch's own code now updates some parameters" in note for note in gauge.reading().notes)
 
 
 @EVERY_OPTIMIZER

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from policy.healthy import CONFIG, READING, watch
 from policy.simulated import EVERY, FATAL, Loop, Outcome, World, ideal_cost
 
-from grgauge import Config, Continue, Policy, Retune, Stop, Target, theory
-from grgauge.policy.losses import Losses
-from grgauge.policy.measured import full_grown
+from grgauge import Config, Continue, Evidence, Policy, Retune, Stop, Target, theory
+from grgauge.policy import Probe
+from grgauge.policy.gauge_rules import full_grown
+from grgauge.policy.losses import Losses, loss_at
 from grgauge.policy.rules import RULES
 
 # --- the five ways in which simpler controllers failed ---------------------------------------------------------------
@@ -414,8 +415,8 @@ def test_losses_know_their_noise_whatever_their_trend():
             losses.close(i)
     assert losses.variance == pytest.approx(0.04, rel=0.6)
     assert losses.fall(20, -1.0) == pytest.approx(0.5, abs=0.2)
-    assert losses.at(201.0) == pytest.approx(5.0 - 2.0, abs=0.4)
-    assert losses.at(1e6) is None
+    assert loss_at(losses.curve, 201.0) == pytest.approx(5.0 - 2.0, abs=0.4)
+    assert loss_at(losses.curve, 1e6) is None
 
 
 def test_losses_stay_small_and_keep_their_span():
@@ -426,6 +427,16 @@ def test_losses_stay_small_and_keep_their_span():
     assert len(losses.curve) <= RULES.kept_blocks
     assert losses.curve[0].samples == 0
     assert losses.curve[-1].samples == 9999
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "batches"),
+    [(128, 10, 4), (16, 10, 4), (3, 10, 22), (128, 100, 12), (3, 1000, 125)],
+)
+def test_a_probe_compares_on_few_batches_but_on_enough_of_them(batch, steps, batches):
+    """Four, of 64 samples in all, or one for eight steps: whatever is most."""
+    here, there = Config(1e-3, batch), Config(3e-3, batch)
+    assert Probe((here, there), steps * batch, "noise hides it", Evidence("probe")).batches == batches
 
 
 def test_a_target_of_ones_own_is_the_one_that_is_aimed_at():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -181,3 +182,17 @@ def test_a_refused_observation_changes_nothing():
     with pytest.raises(ValueError, match="lr_factor"):
         policy.observe(READING, Config(1.0, 8), lr_factor=-1.0)
     assert policy.state_dict() == before
+
+
+@pytest.mark.parametrize("losses", [((1.0, 1.0), (1.0, 1.0, 1.0)), ((1.0,), (1.0,)), ((), ())])
+def test_losses_of_a_probe_that_do_not_make_pairs_are_refused_and_change_nothing(losses):
+    policy = Policy()
+    for step in range(5, 105, 5):
+        reading = replace(READING, step=step, gr_s=0.9, gr_s_error=0.3)
+        if isinstance(policy.observe(reading, CONFIG, loss=2.0 - 0.01 * step), Probe):
+            break
+    before = policy.state_dict()
+    with pytest.raises(ValueError, match="losses must be two times the same number"):
+        policy.judge(losses)
+    assert policy.state_dict() == before
+    assert isinstance(policy.judge(((1.0, 1.0), (0.5, 0.5))), Retune)

@@ -75,10 +75,11 @@ def test_behind_is_above_the_median_of_the_others_at_equal_samples():
 
 def test_losses_of_others_are_taken_between_their_readings():
     """The newest four are at 170 to 200 steps, where the other trial's loss goes from 4.0 at 160 to 0.0 at 200."""
-    rivals = [Progress(replace(READING, step=step), loss) for step, loss in ((160, 4.0), (200, 0.0))]
     mean = (3.0 + 2.0 + 1.0 + 0.0) / 4
-    assert rule(trial(5.0, [mean + 0.01] * 20), rivals) == "behind"
-    assert rule(trial(5.0, [mean - 0.01] * 20), rivals) is None
+    for points in (((160, 4.0), (200, 0.0)), ((170, 3.0), (170, 3.0), (200, 0.0))):  # one told twice
+        rivals = [Progress(replace(READING, step=step), loss) for step, loss in points]
+        assert rule(trial(5.0, [mean + 0.01] * 20), rivals) == "behind"
+        assert rule(trial(5.0, [mean - 0.01] * 20), rivals) is None
 
 
 def test_samples_are_those_of_the_weights():

@@ -32,14 +32,21 @@ class FusedSource:
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, beta: float) -> bool:
         """With clipping inside the step, the first moment is one of clipped gradients; the gauge needs raw ones."""
-        return isinstance(optimizer, AdamW) and optimizer.sums_all and _is_raw(optimizer, beta)
+        raw = isinstance(optimizer, AdamW) and optimizer.sums_all and optimizer.max_grad_norm is None
+        return raw and _all_have(optimizer, beta)
 
     def problem(self) -> Unavailable | None:
         """Why there is no GR_T after the step just done."""
-        if self._optimizer.summed_all and _is_raw(self._optimizer, self._beta):
+        if not self._optimizer.summed_all:
+            reason = "torch's own code now updates some parameters, and takes no sums"
+        elif self._optimizer.max_grad_norm is not None:
+            reason = "gradients are now clipped, and so is their first moment"
+        elif not _all_have(self._optimizer, self._beta):
+            betas = [group["betas"][0] for group in self._optimizer.param_groups]
+            reason = f"betas[0] is now {betas}, the gauge's beta {self._beta}"
+        else:
             return None
-        betas = [group["betas"][0] for group in self._optimizer.param_groups]
-        return Unavailable(f"betas[0] is now {betas}, the gauge's beta {self._beta}; make a new Gauge")
+        return Unavailable(f"{reason}; make a new Gauge")
 
     def restart(self) -> None:
         """m belongs to the optimizer and carries over."""
@@ -51,9 +58,9 @@ class FusedSource:
         _require_kind(state, "fused")
 
 
-def _is_raw(optimizer: AdamW, beta: float) -> bool:
-    """True if the first moment is the m of GR_T, where the kernels take all parameters."""
-    return optimizer.max_grad_norm is None and all(group["betas"][0] == beta for group in optimizer.param_groups)
+def _all_have(optimizer: torch.optim.Optimizer, beta: float) -> bool:
+    """True if every first moment has that decay."""
+    return all(group["betas"][0] == beta for group in optimizer.param_groups)
 
 
 class ClippingSource:

@@ -10,8 +10,7 @@ RuleSet                    what a policy of one's own must have
 
 from .advice import Advice, Correction, advise, verdict
 from .decisions import Config, Continue, Decision, Evidence, Probe, Retune, Stop
-from .policy import Policy
-from .protocol import RuleSet
+from .policy import Policy, RuleSet
 from .pruning import Progress, Pruning
 from .suggest import suggest
 from .target import Target

@@ -74,9 +74,7 @@ def restored(record: type[Record], state: Any, name: str = "state") -> Record:
 
 def _part(kind: Any, value: Any, name: str) -> Any:
     """The value of a field of that type; a list is copied."""
+    if isinstance(value, list):
+        return [_part(kind, item, name) for item in value]
     record: Any = next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), None)
-    if value is None or record is None:
-        return list(value) if isinstance(value, list) else value
-    return (
-        [restored(record, item, name) for item in value] if isinstance(value, list) else restored(record, value, name)
-    )
+    return value if value is None or record is None else restored(record, value, name)

@@ -6,15 +6,20 @@ import math
 from dataclasses import dataclass
 
 from .._validation import require
+from .rules import RULES
 
 
 @dataclass(frozen=True)
 class Config:
     """What a policy sets.
 
-    lr            peak learning rate, the one that a schedule multiplies
-    batch_size    global batch in samples
-    weight_decay  handed on as it is
+    Attributes:
+        lr: peak learning rate, the one that a schedule multiplies.
+        batch_size: global batch in samples.
+        weight_decay: handed on as it is; None where the optimizer has none.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     lr: float
@@ -36,11 +41,17 @@ class Config:
 class Evidence:
     """What a decision rests on.
 
-    rule      the name of the rule that decided
-    step      the reading's step, None where there was no reading
-    quantity  "GR_T", "GR_S", "loss", "gradient norm", or "" where no number was needed
-    value     of that quantity
-    interval  the interval it was judged by, None where it was judged as it is
+    Attributes:
+        rule: the name of the rule that decided.
+        step: the reading's step, None where there was no reading.
+        quantity: "GR_T", "GR_S", "loss", "gradient norm", or "" where no number was needed.
+        value: of that quantity.
+        interval: that it was judged by, None where it was judged as it is.
+
+    Examples:
+        >>> import grgauge
+        >>> print(grgauge.Evidence("learning rate", 40, "GR_T", 5.0, (4.2, 6.0)))
+        learning rate: GR_T 5 [4.2, 6]
     """
 
     rule: str
@@ -60,7 +71,8 @@ class Evidence:
 class Continue:
     """Train on as before.
 
-    notable  worth a line in a log: something would have been done, but for a reason that comes up once a trial
+    Attributes:
+        notable: worth a line in a log: something would have been done, but for a reason that comes up once a trial.
     """
 
     reason: str
@@ -75,10 +87,11 @@ class Continue:
 class Retune:
     """Train on with another configuration.
 
-    config    the new configuration
-    reuse     True: with the weights and optimizer state at hand, which are to be saved first; False: from untrained
-              weights
-    rollback  with `reuse`: with the weights and state that the last `Retune` without rollback saved
+    Attributes:
+        config: the new configuration.
+        reuse: True: with the weights and optimizer state at hand, which are to be saved first; False: from untrained
+            weights.
+        rollback: with `reuse`: with the weights and state that the last `Retune` without rollback saved.
     """
 
     config: Config
@@ -108,14 +121,22 @@ class Probe:
     """Compare two configurations where gauges cannot tell: train at each of them, from the weights at hand and on the
     same batches, and tell `Policy.judge` the losses of their averaged weights on the batches after those.
 
-    configs  the present one, and another of the same batch
-    samples  to train on at each
+    Attributes:
+        configs: the present one, and another of the same batch.
+        samples: to train on at each.
     """
 
     configs: tuple[Config, Config]
     samples: int
     reason: str
     evidence: Evidence
+
+    @property
+    def batches(self) -> int:
+        """Batches that the losses are told of."""
+        steps = self.samples // self.configs[0].batch_size
+        enough = math.ceil(RULES.compared_samples / self.configs[0].batch_size)
+        return max(RULES.compared_least, enough, steps // RULES.compared_part)
 
     def __str__(self) -> str:
         here, there = self.configs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,16 +21,11 @@ class Block:
 
 @dataclass
 class Losses:
-    """Training losses of one line of weights, in blocks from check to check.
+    """Training losses of one line of weights, in blocks from check to check."""
 
-    first     the first loss, that of untrained weights if it was given
-    curve     the blocks so far, thinned where they are old
-    variance  of a single loss about its level, half the mean square of successive differences, which no trend enters
-    """
-
-    first: float | None = None
-    curve: list[Block] = field(default_factory=list)
-    variance: float = 0.0
+    first: float | None = None  # that of untrained weights if it was given
+    curve: list[Block] = field(default_factory=list)  # so far, thinned where it is old
+    variance: float = 0.0  # of single losses: half the mean square of successive differences, which no trend enters
     differences: float = 0.0  # how many, with old ones fading
     size: int = 1  # losses in the newest block
     total: float = 0.0
@@ -70,6 +66,14 @@ class Losses:
             return None
         return min(self.first, 0.5 * (self.first + self.curve[0].loss))
 
+    def learned(self) -> bool:
+        """The newest blocks are clearly below untrained weights. True where there is no loss to tell."""
+        untrained, now = self.untrained(), self.level(RULES.learned_blocks)
+        if untrained is None or now is None:
+            return untrained is None
+        error = self.error(RULES.learned_blocks)
+        return now < untrained - max(RULES.learned_errors * error, RULES.learned * abs(untrained))
+
     def blocks(self, since: float) -> int:
         """How many blocks have ended after `since` samples."""
         return sum(block.samples > since for block in self.curve)
@@ -83,15 +87,16 @@ class Losses:
         now, both = self.level(blocks // 2, since), self.level(blocks // 2 * 2, since)
         return None if now is None or both is None else 2.0 * (both - now)
 
-    def at(self, samples: float) -> float | None:
-        """Loss at that age, linear between blocks; None outside the curve."""
-        for left, right in pairwise(self.curve):
-            if left.samples <= samples <= right.samples:
-                span = right.samples - left.samples
-                return left.loss + (right.loss - left.loss) * (samples - left.samples) / span if span else right.loss
-        return None
-
     def cut(self, samples: float) -> None:
         """Forget what came after that age: the weights have gone back to it."""
         self.curve = [block for block in self.curve if block.samples <= samples]
         self.total, self.count, self.last = 0.0, 0, None
+
+
+def loss_at(curve: Sequence[Block], samples: float) -> float | None:
+    """The loss at that many samples, linear between blocks that are finite; None outside of them."""
+    for left, right in pairwise(curve):
+        if left.samples <= samples <= right.samples and math.isfinite(left.loss) and math.isfinite(right.loss):
+            span = right.samples - left.samples
+            return left.loss + (right.loss - left.loss) * (samples - left.samples) / span if span else right.loss
+    return None

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from .._validation import require
 from ..reading import Reading
 from .decisions import Config, Decision
 from .measured import Measured
-from .protocol import RuleSet
 from .published import Published
 from .settings import Settings
+
+
+class RuleSet(Protocol):
+    """What a policy of one's own must have. It decides what to do about readings and losses, the same for the same."""
+
+    def observe(
+        self,
+        reading: Reading | None,
+        config: Config,
+        *,
+        loss: float | None = None,
+        samples: float | None = None,
+        lr_factor: float = 1.0,
+    ) -> Decision:
+        """What to do after a step; see `Policy.observe`."""
+
+    def judge(self, losses: tuple[Sequence[float], Sequence[float]]) -> Decision:
+        """What to do after a `Probe`; see `Policy.judge`. Raises ValueError where none was asked for."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decisions depend on but the arguments of the constructor, as plain values ready for JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, bit for bit. Raises ValueError if it does not fit; nothing changes."""
+
 
 RULE_SETS: dict[str, Callable[[Settings], RuleSet]] = {"measured": Measured, "published": Published}
 
@@ -68,14 +92,8 @@ class Policy(Settings):
         reused, then a restart if the gauges are not back in the zone within the grace period; all of it while the
         gradient norm changes by 1 % or more from check to check.
         """
-        published: dict[str, Any] = {
-            "rules": "published",
-            "max_lr_factor": math.inf,
-            "max_batch_factor": math.inf,
-            "coupling": 0.0,
-            "max_moves": 1_000_000,
-        }
-        return Policy(**{**published, **changes})
+        unclamped: dict[str, Any] = {"max_lr_factor": math.inf, "max_batch_factor": math.inf, "max_moves": 1_000_000}
+        return Policy(**{"rules": "published", "coupling": 0.0, **unclamped, **changes})
 
     @staticmethod
     def default(**changes: Any) -> Policy:
@@ -128,12 +146,9 @@ class Policy(Settings):
         Raises:
             ValueError: There was no probe, or losses are not two times the same number, of at least two.
         """
-        asked = isinstance(self._rules, Measured) and self._rules.probed is not None
-        require(asked, "losses", losses, "those of a probe, and none was asked for")
-        assert isinstance(self._rules, Measured)
         first, second = losses
         require(len(first) == len(second) > 1, "losses", losses, "two times the same number, of at least two")
-        return self._rules.judge(first, second)
+        return self._rules.judge(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on but the arguments of `Policy`, as plain values ready for JSON."""

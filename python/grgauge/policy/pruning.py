@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, median, variance
 
 from .._validation import require, require_count
 from ..reading import Reading
 from .decisions import Evidence
+from .losses import Block, loss_at
 from .target import BLIND
 
 
@@ -97,39 +97,27 @@ class Pruning:
         """
         if not trial:
             return None
-        newest = trial[-1]
-        step = newest.reading.step
-        if not math.isfinite(newest.loss):
-            return Evidence("diverged", step, "loss", newest.loss)
+        step, newest = trial[-1].reading.step, trial[-1].loss
+        if not math.isfinite(newest):
+            return Evidence("diverged", step, "loss", newest)
         judged = [p for p in trial if p.reading.step >= self.warm_up][-self.patience :]
         if len(judged) < self.patience:
             return None
         first = max(p.loss for p in trial[: self.patience])  # a single one may be low by chance
-        falling = self._falls(trial)
+        losses = [p.loss for p in trial]
+        falling = _falls(losses) or _falls(losses[-2 * self.patience :])  # over the whole trial, or lately
         if not falling and all(p.loss > first for p in judged):
-            return Evidence("diverged", step, "loss", newest.loss, (-math.inf, first))
-        gr_t = [self._gr_t(p.reading) for p in judged]
-        known = [value for value in gr_t if value is not None]
-        if len(known) < len(gr_t):
+            return Evidence("diverged", step, "loss", newest, (-math.inf, first))
+        known = [gr_t for p in judged if (gr_t := self._gr_t(p.reading)) is not None]
+        if falling or len(known) < len(judged):
             return None
-        far_out = all(value < self.far[0] for value in known) or all(value > self.far[1] for value in known)
-        if falling:
-            return None
-        if far_out:
+        if _all_outside(self.far, known):
             return Evidence("far out", step, "GR_T", known[-1], self.far)
-        low, high = self.zone
-        if not (all(value < low for value in known) or all(value > high for value in known)):
-            return None
         own = fmean(p.loss for p in judged)
-        rivals = [loss for loss in (_loss_over(other, judged) for other in others) if loss is not None]
-        if rivals and own > median(rivals):
+        rivals = [loss for other in others if (loss := _loss_over(other, judged)) is not None]
+        if _all_outside(self.zone, known) and rivals and own > median(rivals):
             return Evidence("behind", step, "loss", own, (-math.inf, median(rivals)))
         return None
-
-    def _falls(self, trial: Sequence[Progress]) -> bool:
-        """True if the loss falls by more than chance, over the whole trial or over its newest readings."""
-        losses = [p.loss for p in trial]
-        return _fall(losses) or _fall(losses[-2 * self.patience :])
 
     def _gr_t(self, reading: Reading) -> float | None:
         """GR_T over the reading's finite-time factor; None where it says nothing."""
@@ -139,8 +127,13 @@ class Pruning:
         return reading.gr_t / reading.finite_time_factor
 
 
-def _fall(losses: Sequence[float]) -> bool:
-    """True if the mean of the newer half is lower by more than twice the standard error of the difference."""
+def _all_outside(zone: tuple[float, float], values: Sequence[float]) -> bool:
+    """True if all are below the zone, or all above it."""
+    return all(value < zone[0] for value in values) or all(value > zone[1] for value in values)
+
+
+def _falls(losses: Sequence[float]) -> bool:
+    """By more than chance: the newer half's mean is lower by more than two standard errors of the difference."""
     half = len(losses) // 2
     if half < 2 or not all(map(math.isfinite, losses)):
         return False
@@ -151,14 +144,6 @@ def _fall(losses: Sequence[float]) -> bool:
 
 def _loss_over(trial: Sequence[Progress], when: Sequence[Progress]) -> float | None:
     """A trial's mean loss at the samples of another one's readings; None if it has no loss at one of them."""
-    losses = [loss for p in when if (loss := _loss_at(trial, p.samples)) is not None]
+    curve = [Block(p.samples, p.loss) for p in trial]
+    losses = [loss for p in when if (loss := loss_at(curve, p.samples)) is not None]
     return fmean(losses) if len(losses) == len(when) else None
-
-
-def _loss_at(trial: Sequence[Progress], samples: float) -> float | None:
-    """A trial's loss at that many samples, linear between readings; None outside of them."""
-    for left, right in pairwise(trial):
-        if left.samples <= samples <= right.samples and math.isfinite(left.loss) and math.isfinite(right.loss):
-            share = (samples - left.samples) / (right.samples - left.samples)
-            return left.loss + (right.loss - left.loss) * share
-    return None

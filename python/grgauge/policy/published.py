@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -46,9 +46,8 @@ class Published:
             return Continue("no new reading", Evidence("waiting", step))
         before, s.grad_norm = s.grad_norm, reading.grad_norm if math.isfinite(reading.grad_norm) else None
         if before and s.grad_norm is not None and abs(s.grad_norm / before - 1.0) < limits.window:
-            return Continue(
-                "the critical period is over", Evidence("window", course.step, "gradient norm", s.grad_norm)
-            )
+            evidence = Evidence("window", course.step, "gradient norm", s.grad_norm)
+            return Continue("the critical period is over", evidence)
         return self._judge(reading)
 
     def _judge(self, reading: Reading) -> Decision:
@@ -67,14 +66,10 @@ class Published:
         old = course.now
         if s.inherited:
             s.inherited = False
-            again = limits.fit(old, old.lr, old.batch_size)
-            return self._move(again, "not back in the zone within grace", evidence, reuse=False)
-        to = limits.fit(
-            old,
-            old.lr * min(max(lr, 1.0 / limits.max_lr_factor), limits.max_lr_factor),
-            old.batch_size * min(max(batch, 1.0 / limits.max_batch_factor), limits.max_batch_factor),
-        )
-        decision = self._move(to, "out of the zone", evidence)
+            return self._move(old, "not back in the zone within grace", evidence, reuse=False)
+        lr = min(max(lr, 1.0 / limits.max_lr_factor), limits.max_lr_factor)
+        batch = min(max(batch, 1.0 / limits.max_batch_factor), limits.max_batch_factor)
+        decision = self._move(limits.fit(old, old.lr * lr, old.batch_size * batch), "out of the zone", evidence)
         s.inherited = isinstance(decision, Retune)
         return decision
 
@@ -86,6 +81,9 @@ class Published:
                 s.course = Course(s.course.config, moves=s.course.moves)
             s.grad_norm = None
         return decision
+
+    def judge(self, losses: tuple[Sequence[float], Sequence[float]]) -> Decision:
+        raise ValueError(f"losses must be those of a probe, and the published rules ask for none, got {losses!r}")
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)

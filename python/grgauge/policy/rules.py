@@ -60,7 +60,7 @@ class Rules:
     max_rollbacks: int = 2  # to the same saved weights; then they are in doubt themselves
     restart: float = 30.0  # what lr is divided by where weights were destroyed: a decade and a half, for below is cheap
     restart_high: float = 6.0  # ... where they were not, but GR_T says too high
-    restart_share: int = 4  # what the batch is divided by where weights were destroyed: its gauges are void, ...
+    cheap_share: int = 4  # what a batch is divided by on a plateau or where weights were destroyed: its gauges are void
     restart_batch: int = 16  # ... but not below that: small batches are cheap, and no cheaper in steps
     rival: float = 0.05  # share of the loss by which abandoned weights must have been further at equal samples
     rival_raise: float = 2.0  # towards their learning rate, in one move
@@ -76,7 +76,7 @@ class Rules:
     found_raise: float = 2.0  # the most that a batch grows by then
     largest_raised: int = 16  # before: noise in a larger one costs less than the samples that would average it out
     young_steps: int = 150  # until then a learning rate far too low is left ...
-    young_batch: int = 32  # ... at no larger batch than that: steps count, and are cheaper so
+    cheap_batch: int = 32  # ... at no larger batch than that, as is a plateau: steps count, and are cheaper so
 
     # a probe: of two learning rates on the same batches, where GR_S is so high that GR_T says little of either
     probe_gr_s: float = 0.8
@@ -85,14 +85,15 @@ class Rules:
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
     probe_again: float = 3.0  # times the samples so far, until the next one
+    compared_least: int = 4  # batches that both sides are compared on: the error of fewer differences says too little
+    compared_samples: int = 64  # in them, at least: losses of a few samples differ by chance
+    compared_part: int = 8  # and one for so many steps of a side: without a backward pass, 4 % of their cost
 
     # a plateau: nothing learned, where noise alone reads GR_T 19 at any learning rate
     plateau_error: float = 0.01  # relative error of the loss, ...
     plateau_fall: float = 0.02  # ... before a fall of that share would have been seen
     plateau_errors: float = 4.0  # standard errors of all of it, two of the fall between its halves, ...
     plateau_slope: float = 0.005  # ... beside that share of the untrained loss: beyond, the loss falls
-    plateau_share: int = 4  # what the batch is divided by: steps count, and are cheaper so, ...
-    plateau_batch: int = 32  # ... but not below that
     plateau_raise: float = 3.0  # by which lr goes up, and one move back when it was enough
     plateau_below: float = 0.1  # share of a learning rate that failed: the weights there may have been just as lost
 

@@ -38,15 +38,10 @@ class Settings:
     def __post_init__(self) -> None:
         self.target = self.target or Target()  # None is allowed
         require(self.rules in ("measured", "published"), "rules", self.rules, '"measured" or "published"')
-        for name, least in {
-            "every": 1,
-            "warm_up": 0,
-            "grace": 0,
-            "min_batch": 1,
-            "batch_multiple": 1,
-            "max_moves": 0,
-        }.items():
-            require_count(name, getattr(self, name), least)
+        for name in ("every", "min_batch", "batch_multiple"):
+            require_count(name, getattr(self, name), 1)
+        for name in ("warm_up", "grace", "max_moves"):
+            require_count(name, getattr(self, name), 0)
         low, high = self.lr_bounds
         require(0.0 < low <= high < math.inf, "lr_bounds", self.lr_bounds, "(low, high) with 0 < low <= high, finite")
         room = self.max_batch // self.batch_multiple * self.batch_multiple >= self.min_batch

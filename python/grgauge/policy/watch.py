@@ -75,11 +75,7 @@ class Watch:
         self._lr: float | None = None
 
     def observe(self, reading: Reading, lr: float | None = None) -> None:
-        """Take in a reading.
-
-        reading  newer than those before
-        lr       the learning rate that it was read at, None if unknown
-        """
+        """Take in a newer reading, and the learning rate that it was read at if that is known."""
         before, self.newest = self.newest, reading
         risen = lr is not None and self._lr is not None and lr > RISE * self._lr
         fallen = lr is not None and self._lr is not None and DROP * lr < self._lr
@@ -109,11 +105,9 @@ class Watch:
             return None
         aged = [(reading.step - self.start, reading, lr) for reading, lr in self._kept]
         low, high = WINDOW
-        chosen = [(reading, lr) for age, reading, lr in aged if low <= age <= high]
-        if not chosen and (late := [(reading, lr) for age, reading, lr in aged if age > high]):
-            chosen = late[:1]
-        if not chosen:
-            chosen = [(reading, lr) for _, reading, lr in aged[-3:]]
+        inside = [(reading, lr) for age, reading, lr in aged if low <= age <= high]
+        past = [(reading, lr) for age, reading, lr in aged if age > high]
+        chosen = inside or past[:1] or self._kept[-3:]
         if not chosen:
             return self.late()
         middle = median(reading.step for reading, _ in chosen) - self.start
@@ -133,7 +127,6 @@ class Watch:
         return {**plain, "newest": newest, "kept": [(reading.to_dict(), lr) for reading, lr in self._kept]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`."""
         plain = {name: state[name] for name in self._plain}
         newest = None if state["newest"] is None else Reading.from_dict(state["newest"])
         kept = [(Reading.from_dict(values), lr) for values, lr in state["kept"]]

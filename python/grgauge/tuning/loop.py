@@ -213,11 +213,11 @@ class Loop:
             probe = self.settle(after)
             if probe is not None:
                 decision = yield from self._probed(data, probe)
-                act(decision, len(probe.configs) * _compared(probe) * self.config.batch_size)
+                act(decision, len(probe.configs) * probe.batches * self.config.batch_size)
 
     def affords(self, probe: Probe, left: int) -> bool:
         """Whether so many samples are enough for a probe. Without averages there is none."""
-        cost = sum(probe.samples + (_compared(probe) + 1) * config.batch_size for config in probe.configs)
+        cost = sum(probe.samples + (probe.batches + 1) * config.batch_size for config in probe.configs)
         return self.averaged is not None and cost <= AFFORDED * left
 
     def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
@@ -237,7 +237,7 @@ class Loop:
                 self._guard()
             ends.append(serialize(self._state()))
             states.set_random_state(random)
-            losses.append((yield from self._losses(self.averaged, data, _compared(probe), stop)))
+            losses.append((yield from self._losses(self.averaged, data, probe.batches, stop)))
         decision = self.policy.judge((losses[0], losses[1])) if self.world.rank == 0 else None
         decision = self.world.broadcast(decision)
         assert decision is not None
@@ -473,9 +473,3 @@ class Loop:
         self.samples, self.steps, self.loss = state["samples"], state["steps"], state["loss"]
         if state["random"] is not None:  # else of another number of ranks
             states.set_random_state(state["random"])
-
-
-def _compared(probe: Probe) -> int:
-    """Batches on which the averages of a probe are compared: an eighth of its steps, of 64 samples at least."""
-    batch = probe.configs[0].batch_size
-    return max(4, math.ceil(64 / batch), probe.samples // (8 * batch))

@@ -1,0 +1,185 @@
+"""What the gauges say: GR_S of the batch, GR_T of the learning rate, and where a probe is to tell instead."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ..reading import Reading
+from ..theory import batch_for_gr_s, noise_scale_from_gr_s, uncorrelated
+from .decisions import Continue, Decision, Evidence, Probe
+from .loss_rules import plateau, rival_further, stall
+from .moves import Moves, State
+from .rules import RULES
+
+
+def batch_size(moves: Moves, reading: Reading) -> Decision | None:
+    """Down as soon as it is far too large, since that is dear; up with care."""
+    s, limits, old = moves.state, moves.settings, moves.state.course.now
+    gr_s, error = reading.gr_s, _finite(reading.gr_s_error)
+    if gr_s is None or not 0.0 < gr_s < math.inf:
+        return None
+    interval = None if error is None else (gr_s - limits.z * error, gr_s + limits.z * error)
+    wanted = _wanted_batch(moves, reading, gr_s, interval)
+    if wanted is None:
+        s.away = s.away if interval is None else 0
+        return None
+    s.away += 1
+    most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
+    wanted = min(max(wanted, old.batch_size / limits.max_batch_factor**2), old.batch_size * most)
+    batch = limits.fit(old, old.lr, wanted).batch_size
+    ratio = batch / old.batch_size
+    needed, checks = (RULES.found_batch_change, RULES.found_checks) if s.found else (RULES.batch_change, 1)
+    if max(ratio, 1.0 / ratio) < needed or s.away < checks:
+        return None
+    evidence, (low_gr_t, high_gr_t) = Evidence("batch", s.course.step, "GR_S", gr_s, interval), limits.target.gr_t_zone
+    if ratio < 1.0:
+        lr = moves.below(old.lr * ratio**limits.coupling, batch)
+        return moves.to(lr, batch, "the batch is larger than it need be", evidence)
+    reason = "the batch is too small"
+    if s.found:
+        quiet = not s.recent or s.recent[-1] <= math.log(high_gr_t)
+        return stall(moves, old.lr, batch, reason, evidence, _jumps(reading)) if quiet else None
+    if batch > RULES.largest_raised or not s.losses.learned():
+        return None
+    # lr up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
+    low = not s.hurt and bool(s.recent) and max(s.recent) < math.log(low_gr_t)
+    lr = old.lr * ratio**limits.coupling if low else old.lr
+    return moves.to(moves.below(lr, batch), batch, reason, evidence)
+
+
+def _wanted_batch(moves: Moves, reading: Reading, gr_s: float, interval: tuple[float, float] | None) -> float | None:
+    """The batch that would bring GR_S into its zone, from its interval and the noise scale; None to leave it."""
+    s, target, size = moves.state, moves.settings.target, moves.state.course.now.batch_size
+    mu, mu_error, (low, high) = reading.noise_scale, reading.noise_scale_error or math.inf, target.gr_s_zone
+    in_proportion = size * gr_s / target.gr_s
+    if interval is None:
+        return None if s.found or gr_s > RULES.far_above * low else in_proportion
+    if interval[1] < low:
+        if mu is not None and 0.0 < mu < math.inf and mu_error < RULES.noise_scale_error * mu:
+            return batch_for_gr_s(target.gr_s, mu)
+        return in_proportion
+    if interval[0] > high or (gr_s > high and interval[1] > 1.0 and s.course.age >= RULES.unsure_steps):
+        # from below: to the near edge of the zone, as the near end of the interval has it
+        near = min(max(interval[0], 1.0 / size), RULES.near_one)
+        known = near > high and size > 1  # a batch of 1 reads 1 whatever the noise is
+        return batch_for_gr_s(high, noise_scale_from_gr_s(near, size)) if known else math.inf
+    return None
+
+
+def probe(moves: Moves, reading: Reading) -> Decision | None:
+    """Noise hides the learning rate from GR_T, at any value: a higher one is tried beside the present one."""
+    s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
+    higher = moves.below(RULES.probe_factor * old.lr, old.batch_size)
+    to = limits.fit(old, higher, old.batch_size)
+    hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s and not _decaying(s)
+    due = s.steps >= RULES.probe_steps and course.age >= RULES.settled_steps and course.samples >= s.next_probe
+    of_use = to.lr >= RULES.least_raise * old.lr and course.moves < limits.max_moves and s.losses.first is not None
+    if not (hidden and due and of_use):
+        return None
+    s.probed, s.next_probe = to, RULES.probe_again * course.samples
+    steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
+    evidence = Evidence("probe", course.step, "GR_S", reading.gr_s)
+    return Probe((old, to), round(steps * old.batch_size), "GR_S says that GR_T cannot tell", evidence)
+
+
+def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | None:
+    """Up step by step while GR_T is low, down where it is high."""
+    s, course, limits = moves.state, moves.state.course, moves.settings
+    low, high = limits.target.gr_t_zone
+    if reading.gr_t is None or not (0.0 < reading.gr_t < math.inf and reading.finite_time_factor > 0.0):
+        return None
+    if warming:
+        return Continue("the schedule is warming up", Evidence("schedule", course.step, "GR_T", reading.gr_t))
+    grown = full_grown(max(reading.gr_t, 1.0), reading.finite_time_factor)
+    s.recent = [*s.recent[1 - RULES.readings :], math.log(min(grown, RULES.largest))]
+    error = (_finite(reading.gr_t_error) or 0.0) / reading.gr_t
+    spread = min(max(error, RULES.least_error), RULES.most_error) / math.sqrt(len(s.recent))
+    gr_t, reach = math.exp(sum(s.recent) / len(s.recent)), math.exp(limits.z * spread)
+    evidence = Evidence("learning rate", course.step, "GR_T", gr_t, (gr_t / reach, gr_t * reach))
+    gr_s, gr_s_error = _finite(reading.gr_s) or 0.0, _finite(reading.gr_s_error)
+    if gr_s > limits.blind:
+        return plateau(moves) or Continue("GR_S says that GR_T is blind", replace(evidence, rule="blind"))
+    if gr_t * reach < low:
+        return _too_low(moves, gr_t, reach, evidence)
+    too_high = gr_t / reach > high
+    shows = (s.hurt and gr_t > high) or (too_high and gr_t > RULES.overshot * high and s.losses.learned())
+    if shows and _begun_badly(s):
+        # What far too high a learning rate does to fresh weights later gauges do not show: trust no such start.
+        moves.cap(course.now.lr)
+        lr = course.now.lr / (RULES.restart if s.hurt else RULES.restart_high)
+        return moves.start_lower(lr, "started too high: again, from below", evidence)
+    if too_high:
+        return plateau(moves) or _too_high(moves, reading, gr_t, evidence)
+    unseen = gr_s_error is not None and (reading.gr_s or 0.0) + limits.z * gr_s_error > 1.0
+    if course.age >= limits.grace and s.losses.learned() and not unseen:
+        s.found = True
+    return plateau(moves) or rival_further(moves) or Continue("in the zone", evidence)
+
+
+def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Decision:
+    """The rule that raises the learning rate: by (GR_T*/GR_T)^gain, once GR_T has had its time to rise."""
+    s, course, limits, old = moves.state, moves.state.course, moves.settings, moves.state.course.now
+    # Once: with small batches a first loss low by chance is enough to look hurt.
+    if s.hurt and s.rival is None and _begun_badly(s):
+        return moves.start_lower(old.lr / RULES.restart, "hurt by its first steps: again, from below", evidence)
+    patience = RULES.target_step if s.found else RULES.patience + RULES.patience_per_gr_t * gr_t
+    trending = reach > RULES.trend and course.age < RULES.trend_steps
+    good = s.found and gr_t > RULES.far_below * limits.target.gr_t_zone[0]
+    if _decaying(s):
+        return Continue("below the zone, as the schedule decays", evidence)
+    if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
+        return Continue("below the zone, waiting", evidence)
+    factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
+    batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.cheap_batch)
+    lr = moves.below(old.lr * factor, batch)
+    if lr < RULES.least_raise * old.lr:
+        return rival_further(moves) or Continue("below the zone, just below a learning rate that failed", evidence)
+    return moves.to(lr, batch, "the learning rate is too low", evidence)
+
+
+def _too_high(moves: Moves, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
+    """The rule that lowers the learning rate: by (GR_T*/GR_T)^(1/2), at once if far too high, else after a stall."""
+    s, age, limits, old = moves.state, moves.state.course.age, moves.settings, moves.state.course.now
+    beyond = gr_t > RULES.overshot * limits.target.gr_t_zone[1]
+    overshot = not s.found and beyond and age >= RULES.settled_steps and not _jumps(reading)
+    s.found = s.found or (age >= limits.grace and s.losses.learned())
+    factor = min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered)
+    lr, reason = old.lr * max(factor, 1.0 / limits.max_lr_factor), "the learning rate is too high"
+    if overshot:
+        moves.cap(old.lr)
+        return moves.to(lr, old.batch_size, reason, evidence)
+    stalled = stall(moves, lr, old.batch_size, reason, evidence, _jumps(reading))
+    return stalled or Continue("above the zone, but the loss falls", evidence)
+
+
+def full_grown(gr_t: float, finite_time_factor: float) -> float:
+    """What a GR_T read after a cold start would become: `theory.steady_signal` solved for the signal, and t -> inf.
+
+    1 stays 1, and what white noise reads by then becomes the 19 that it ends at; above, in proportion.
+    """
+    white = uncorrelated()
+    young = white * finite_time_factor
+    if gr_t >= young:
+        return gr_t / finite_time_factor
+    signal = (young - gr_t) / (young * max(gr_t - 1.0, 1e-9))
+    return (1.0 + signal) / (signal + 1.0 / white)
+
+
+def _begun_badly(s: State) -> bool:
+    """The learning rate that untrained weights began at is still what shows."""
+    return not s.climbed and s.course.age >= RULES.start_steps and s.steps <= RULES.target_step
+
+
+def _decaying(s: State) -> bool:
+    """The schedule is clearly below its peak."""
+    return s.lr_factor is not None and s.lr_factor < RULES.decayed * s.peak
+
+
+def _jumps(reading: Reading) -> bool:
+    """GR_T's error is about its own size: it says little of the learning rate, and nothing of noise."""
+    return (_finite(reading.gr_t_error) or 0.0) > RULES.jumps * (reading.gr_t or 0.0)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

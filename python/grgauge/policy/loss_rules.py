@@ -1,0 +1,155 @@
+"""What the training loss says: weights that are lost, a raise that made it worse, a loss that stands still, a probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+
+from .decisions import Config, Continue, Decision, Evidence, Retune
+from .losses import loss_at
+from .moves import Moves, RaiseOnTrial
+from .rules import RULES
+
+WORSE = "the loss is worse than before the learning rate was raised"
+
+
+def wrecked(moves: Moves, block: float | None) -> Decision | None:
+    """Exploded, dead, or worse than before the newest move."""
+    s, losses, saved, age = moves.state, moves.state.losses, moves.state.saved, moves.state.course.age
+    if block is None or losses.first is None:
+        return None
+    first, scale, noise = losses.first, abs(losses.first), RULES.judged_errors * losses.error(1)
+    known = max(first, saved.loss) if saved else first
+    evidence = Evidence("explosion", s.course.step, "loss", block, (known - noise, known + noise))
+    recent = losses.level(RULES.level_blocks, s.course.start)
+    # A learning rate on trial may shake the loss: it is judged when that is over, unless the loss doubles.
+    doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
+    if block > known + RULES.exploded * scale or doubled:
+        return moves.fail("the loss exploded", evidence)
+    if block > first + RULES.hurt * scale:
+        s.hurt = True
+    blocks = RULES.recent_blocks
+    if saved and saved.raised and s.trial is None and blocks * moves.settings.every <= age <= RULES.worse_steps:
+        now, error = losses.level(blocks, s.course.start), math.hypot(losses.error(blocks), saved.loss_error)
+        if now is not None and now > saved.loss + RULES.judged_errors * error + RULES.worse * abs(saved.loss):
+            return moves.fail(WORSE, replace(evidence, rule="worse", value=now))
+    if s.hurt and age >= RULES.dead_steps and not losses.learned():
+        return moves.fail("the network is dead", replace(evidence, rule="dead"), rollback=False)
+    return None
+
+
+def rival_further(moves: Moves) -> Decision | None:
+    """Weights abandoned for a learning rate too high were further at equal samples: back towards it."""
+    s, old, rival = moves.state, moves.state.course.now, moves.state.rival
+    now = s.losses.level(RULES.level_blocks, s.course.start)
+    then = None if rival is None else loss_at(rival.losses.curve, s.course.samples)
+    if rival is None or now is None or then is None:
+        return None
+    error = math.hypot(s.losses.error(RULES.level_blocks), rival.losses.error(1))
+    margin = RULES.judged_errors * error + RULES.rival * abs(then)
+    lr = min(RULES.rival_raise * old.lr, rival.lr * old.batch_size**moves.settings.coupling)
+    if now < then + margin or lr < RULES.least_raise * old.lr:
+        return None
+    s.ceiling = None
+    evidence = Evidence("behind", s.course.step, "loss", now, (then - margin, then + margin))
+    return moves.to(lr, old.batch_size, "an earlier trial was further at equal samples", evidence)
+
+
+def plateau(moves: Moves) -> Decision | None:
+    """Nothing learned and nothing hurt, where noise alone reads GR_T 19 at any learning rate: by the loss, up."""
+    s, course, losses, limits = moves.state, moves.state.course, moves.state.losses, moves.settings
+    old, blocks = course.now, losses.blocks(course.start)
+    now, untrained = losses.level(blocks, course.start), losses.untrained()
+    if now is None or untrained is None or course.age < RULES.settled_steps or s.hurt or s.found or losses.learned():
+        return None
+    error, scale = losses.error(blocks), abs(untrained)
+    least_fall = RULES.plateau_errors * error + RULES.plateau_slope * scale
+    falls = now < untrained - RULES.plateau_fall * scale or (losses.fall(blocks, course.start) or 0.0) > least_fall
+    if falls or error > RULES.plateau_error * scale:
+        return None
+    cheap = min(old.batch_size, max(RULES.cheap_batch, old.batch_size // RULES.cheap_share))
+    batch = limits.fit(old, old.lr, cheap).batch_size
+    lr = old.lr * min(RULES.plateau_raise, limits.max_lr_factor) * (batch / old.batch_size) ** limits.coupling
+    if lr > RULES.plateau_below * moves.below(math.inf, batch):
+        return None
+    decision = moves.to(lr, batch, "the loss does not move", Evidence("plateau", course.step, "loss", now))
+    s.on_plateau = s.on_plateau or isinstance(decision, Retune)
+    return decision
+
+
+def plateau_left(moves: Moves) -> Decision | None:
+    """One move back, for the learning rate was raised until after it was enough."""
+    s, old = moves.state, moves.state.course.now
+    if not s.on_plateau or not s.losses.learned():
+        return None
+    s.on_plateau = False
+    evidence = Evidence("plateau", s.course.step, "loss", s.losses.level(RULES.learned_blocks))
+    lr = old.lr / min(RULES.plateau_raise, moves.settings.max_lr_factor)
+    return moves.to(lr, old.batch_size, "the plateau is left: one move back", evidence)
+
+
+def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence, jumps: bool) -> Decision | None:
+    """Against a loss that has not fallen for a while, all of it under this configuration.
+
+    With less noise, at the configuration given; but where GR_T `jumps`, with a higher learning rate, on trial.
+    """
+    s, old, losses = moves.state, moves.state.course.now, moves.state.losses
+    since = (1.0 - RULES.stall_share) * s.course.samples
+    blocks = losses.blocks(since) // 2 * 2
+    level, fall = losses.level(blocks, since), losses.fall(blocks, since)
+    if since < s.course.start or blocks < RULES.stall_blocks or level is None or fall is None:
+        return None
+    error = losses.error(blocks // 2)
+    if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
+        return None
+    higher = moves.below(RULES.stall_raise * old.lr, old.batch_size)
+    if not jumps or higher < RULES.least_raise * old.lr:
+        if lr < old.lr:
+            moves.cap(old.lr)
+        return moves.to(lr, batch, reason, evidence)
+    evidence = replace(evidence, rule="stall")
+    decision = moves.to(higher, old.batch_size, "the loss has stalled, and GR_T cannot tell why", evidence)
+    s.trial = RaiseOnTrial(old.lr, level, losses.error(blocks)) if isinstance(decision, Retune) else None
+    return decision
+
+
+def trial(moves: Moves) -> Decision | None:
+    """What a learning rate raised against a stall has done to the loss."""
+    s, course, losses, on_trial = moves.state, moves.state.course, moves.state.losses, moves.state.trial
+    if on_trial is None:
+        return None
+    blocks = losses.blocks(course.start) // 2  # the newer half: at first the change itself shows
+    now, error = losses.level(blocks, course.start), math.hypot(losses.error(max(blocks, 1)), on_trial.loss_error)
+    scale = abs(on_trial.loss)
+    share = RULES.trial_share_unsure if error > RULES.trial_error * scale else RULES.trial_share
+    if now is None or blocks < RULES.trial_blocks or course.samples < (1.0 + share) * course.start:
+        return Continue("a higher learning rate is on trial", Evidence("stall", course.step))
+    margin = max(RULES.trial_errors * error, RULES.trial_worse * scale)
+    s.trial = None
+    if s.saved:
+        s.saved.raised = False
+    if now < on_trial.loss + margin:
+        return None
+    moves.cap(on_trial.lr)
+    evidence = Evidence("stall", course.step, "loss", now, (on_trial.loss - margin, on_trial.loss + margin))
+    return moves.to(on_trial.lr, course.now.batch_size, WORSE, evidence)
+
+
+def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Sequence[float]) -> Decision:
+    """What losses `here`, and at the `other` learning rate, say of that."""
+    s = moves.state
+    level, difference, error = fmean(here), math.inf, 0.0
+    if all(map(math.isfinite, (*here, *there))):
+        differences = [after - before for before, after in zip(here, there, strict=True)]
+        difference, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    margin = error + RULES.probe_better * abs(level)
+    evidence = Evidence("probe", s.course.step, "loss", level + difference, (level - margin, level + margin))
+    s.probed = None
+    if difference < -margin:
+        s.next_probe = s.course.samples
+        return moves.to(other.lr, other.batch_size, "a higher learning rate has a lower loss", evidence)
+    if not difference <= abs(level):
+        moves.cap(RULES.failed * other.lr)
+    return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)
