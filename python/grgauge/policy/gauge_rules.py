@@ -68,14 +68,17 @@ def _wanted_batch(moves: Moves, reading: Reading, gr_s: float, interval: tuple[f
 
 
 def probe(moves: Moves, reading: Reading) -> Decision | None:
-    """Noise hides the learning rate from GR_T, at any value: a higher one is tried beside the present one."""
+    """Noise hides the learning rate from GR_T, at any value: another one is tried beside the present one. Up first, and
+    down where that has failed."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
-    higher = moves.below(RULES.probe_factor * old.lr, old.batch_size)
-    to = limits.fit(old, higher, old.batch_size)
     hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s and not _decaying(s)
     due = s.steps >= RULES.probe_steps and course.age >= RULES.settled_steps and course.samples >= s.next_probe
-    of_use = to.lr >= RULES.least_raise * old.lr and course.moves < limits.max_moves and s.losses.first is not None
-    if not (hidden and due and of_use):
+    if not (hidden and due) or course.moves >= limits.max_moves or s.losses.first is None:
+        return None
+    higher = moves.below(RULES.probe_factor * old.lr, old.batch_size)
+    down = s.probe_down or higher < RULES.least_raise * old.lr
+    to = limits.fit(old, old.lr / RULES.probe_factor if down else higher, old.batch_size)
+    if max(to.lr / old.lr, old.lr / to.lr) < RULES.least_raise:
         return None
     s.probed, s.next_probe = to, RULES.probe_again * course.samples
     steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
@@ -128,6 +131,9 @@ def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Dec
     good = s.found and gr_t > RULES.far_below * limits.target.gr_t_zone[0]
     if _decaying(s):
         return Continue("below the zone, as the schedule decays", evidence)
+    learns = s.losses.first is not None and s.losses.learned(RULES.recent_blocks)
+    if learns and course.age < RULES.target_step and old.batch_size <= RULES.cheap_batch:
+        return Continue("below the zone, but early, and the loss has fallen", evidence)
     if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
         return Continue("below the zone, waiting", evidence)
     factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)

@@ -66,12 +66,12 @@ class Losses:
             return None
         return min(self.first, 0.5 * (self.first + self.curve[0].loss))
 
-    def learned(self) -> bool:
+    def learned(self, blocks: int = RULES.learned_blocks) -> bool:
         """The newest blocks are clearly below untrained weights. True where there is no loss to tell."""
-        untrained, now = self.untrained(), self.level(RULES.learned_blocks)
+        untrained, now = self.untrained(), self.level(blocks)
         if untrained is None or now is None:
             return untrained is None
-        error = self.error(RULES.learned_blocks)
+        error = self.error(blocks)
         return now < untrained - max(RULES.learned_errors * error, RULES.learned * abs(untrained))
 
     def blocks(self, since: float) -> int:

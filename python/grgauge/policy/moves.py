@@ -67,6 +67,7 @@ class State:
     rival: Rival | None = None
     probed: Config | None = None  # what the newest probe compares with, until that is judged
     next_probe: float = 0.0  # samples of these weights, before which there is no other
+    probe_down: bool = False  # the next one tries a lower learning rate, as the last has found none higher
 
 
 class Moves:

@@ -84,6 +84,7 @@ class Rules:
     probe_share: float = 0.15  # ... but at least that share of all steps so far
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
+    probe_edge: float = 0.2  # share of the loss by which the higher is worse: a lower one is tried at once
     probe_again: float = 3.0  # times the samples so far, until the next one
     compared_least: int = 4  # batches that both sides are compared on: the error of fewer differences says too little
     compared_samples: int = 64  # in them, at least: losses of a few samples differ by chance

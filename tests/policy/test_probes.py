@@ -1,0 +1,103 @@
+"""When the measured rules ask for a probe, in which direction, and what follows from its losses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from policy.healthy import CONFIG, READING
+
+from grgauge import Continue, Policy, Retune
+from grgauge.policy import Probe
+
+UP, DOWN = 3.0, 1.0 / 3.0
+
+
+def hidden(policy, first, last, config=CONFIG):
+    """Readings whose GR_S hides the learning rate, from one step to another: the first probe, or None."""
+    for step in range(first, last, 5):
+        reading = replace(READING, step=step, gr_s=0.9, gr_s_error=0.3)
+        decision = policy.observe(reading, config, loss=3.0 - step / 500)
+        if isinstance(decision, Probe):
+            assert decision.configs[0] == config
+            return decision, step
+    return None
+
+
+def factor(probe):
+    here, there = probe.configs
+    assert there.batch_size == here.batch_size
+    return there.lr / here.lr
+
+
+def test_the_first_probe_goes_up():
+    probe, _ = hidden(Policy(), 5, 105)
+    assert factor(probe) == pytest.approx(UP)
+
+
+def test_after_a_higher_one_that_is_a_little_worse_the_next_probe_goes_down_after_a_while():
+    policy = Policy()
+    _, step = hidden(policy, 5, 105)
+    assert isinstance(policy.judge(((1.0, 1.0), (1.1, 1.1))), Continue)
+    assert hidden(policy, step + 5, 2 * step) is None
+    probe, _ = hidden(policy, 2 * step, 4 * step)
+    assert factor(probe) == pytest.approx(DOWN)
+
+
+def test_after_a_higher_one_that_is_far_worse_a_lower_one_is_tried_at_once():
+    policy = Policy()
+    _, step = hidden(policy, 5, 105)
+    assert isinstance(policy.judge(((1.0, 1.0), (1.3, 1.3))), Continue)
+    probe, now = hidden(policy, step + 5, step + 30)
+    assert factor(probe) == pytest.approx(DOWN)
+    assert now == step + 5
+
+
+def test_after_both_are_refused_the_next_probe_goes_up_again():
+    policy = Policy()
+    _, step = hidden(policy, 5, 105)
+    policy.judge(((1.0, 1.0), (1.3, 1.3)))
+    _, step = hidden(policy, step + 5, step + 30)
+    assert isinstance(policy.judge(((1.0, 1.0), (1.0, 1.0))), Continue)
+    probe, _ = hidden(policy, step + 5, 5 * step)
+    assert factor(probe) == pytest.approx(UP)
+
+
+def test_a_lower_one_that_is_better_is_taken_and_what_was_left_is_not_probed_again():
+    policy = Policy()
+    _, step = hidden(policy, 5, 105)
+    policy.judge(((1.0, 1.0), (1.3, 1.3)))
+    _, step = hidden(policy, step + 5, step + 30)
+    decision = policy.judge(((1.0, 1.0), (0.9, 0.9)))
+    assert isinstance(decision, Retune)
+    assert decision.reuse
+    assert decision.config.lr == pytest.approx(CONFIG.lr * DOWN)
+    for _ in range(3):
+        probe, step = hidden(policy, step + 5, 10 * step, decision.config)
+        assert probe.configs[1].lr < CONFIG.lr * 1.001
+        policy.judge(((1.0, 1.0), (1.0, 1.0)))
+
+
+def test_nothing_is_probed_below_the_lowest_learning_rate():
+    policy = Policy(lr_bounds=(CONFIG.lr, 1.0))
+    _, step = hidden(policy, 5, 105)
+    policy.judge(((1.0, 1.0), (1.3, 1.3)))
+    assert hidden(policy, step + 5, 3 * step) is None
+
+
+def low(batch, losses):
+    """Readings of a GR_T far below its zone: the step of the first move up, None if there is none."""
+    policy = Policy()
+    for i, loss in enumerate(losses):
+        reading = replace(READING, step=5 * i + 5, gr_t=2.0, gr_t_error=0.1)
+        if isinstance(policy.observe(reading, replace(CONFIG, batch_size=batch), loss=loss), Retune):
+            return reading.step
+    return None
+
+
+def test_a_low_gr_t_raises_the_learning_rate_early_only_while_nothing_is_learned():
+    """The first gradients of a good run agree as well: of its bias, of what all samples have in common."""
+    standing, falling = [2.0] * 20, [2.0 - 0.05 * i for i in range(20)]
+    assert low(32, standing) <= 20
+    assert low(32, falling) >= 50
+    assert low(128, falling) <= 20  # where waiting is dear
