@@ -1,7 +1,8 @@
 """Fit what advice rests on: how far from the best learning rate and batch a reading is, on the recorded table.
 
     python -m judge.calibrate                          on results/table.parquet, in bench/ as working folder; a minute
-    python -m judge.calibrate --shards ../build/table  also on families there whose grid is recorded with a seed
+    python -m judge.calibrate --shards ../build/table  judges the package's numbers on families there whose grid is
+                                                       recorded with a seed, and writes nothing
 
 Writes python/grgauge/policy/calibration.json. How it is made:
 
@@ -11,14 +12,16 @@ Writes python/grgauge/policy/calibration.json. How it is made:
   the best metric is more than ten tolerances from the family's has learned too little to say, and is left out.
 - The best batch of a family is the largest whose best metric is within the tolerance, in between by interpolation:
   beyond, samples are wasted.
-- Each run's readings go through the very `Watch` of the package. Of what it picks, log10(best / lr) is described by
-  quantiles over log10 GR_T: weighted by a kernel, all families alike, made monotone (isotonic regression). Runs outside
-  of a band of GR_S count a fifth within. The same for the batch over GR_S.
-- Intervals of few families are too narrow for the next one. So they are widened, at each end by the factor beyond
-  which 5 % of the nearby readings of held-out families lie (conformalized quantile regression, Romano et al. 2019, with
-  families instead of samples).
+- Each run's readings go through the very `Watch` of the package. Of what it picks, the gauge is described over the
+  distance log10(best / value), not the distance over the gauge: else the grid of learning rates would decide how far
+  away the best is where all gradients agree. The curve is a mean weighted by a kernel, and made monotone (isotonic
+  regression). Scatter about it is what the readings' own standard errors do not explain.
+- Families are a random effect. The whole curve of the learning rate is shifted sideways from family to family, that of
+  the batch up or down. A family not seen is one shifted more, by the variance between those seen, (1 + 1/k) times for
+  the error of the mean of k. Advice inverts the curve: its interval has all distances at which some such family reads
+  the like.
 
-Coverage and directions are those of families that neither the fit nor the widening has seen.
+Directions and intervals are judged on each family by a fit on the others.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import families
@@ -38,28 +43,25 @@ import pandas as pd
 
 from grgauge import Reading, theory
 from grgauge.policy.advice import advice_of
-from grgauge.policy.calibration import LEVELS, Calibration, Curve, spread
+from grgauge.policy.calibration import LEVEL, Calibration, Curve, Interval, calibration
 from grgauge.policy.watch import SPANS, Summary, Watch
 
 from .table import BATCHES, LRS, SEEDS, load
 
 PATH = Path(__file__).parents[2] / "python" / "grgauge" / "policy" / "calibration.json"
-GR_T_KNOTS = tuple(
-    round(math.log10(x), 3) for x in (1, 1.5, 2, 3, 4.5, 6.5, 9, 12, 15, 18, 22, 27, 35, 50, 75, 120, 250)
-)
-GR_S_KNOTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.58, 0.65, 0.75, 0.85, 0.95, 1.0)
-GR_S_BANDS = ((0.0, 0.65), (0.65, 0.9), (0.9, 1.0))
-GR_T_BANDS = ((-1.0, 0.85), (0.85, 1.78), (1.78, 9.0))
-"""In log10: 7 and 60 are the edges. Where the learning rate is far off, GR_S says little of the batch."""
-LARGEST = 3.0
+AWAY = np.linspace(-3.0, 3.0, 25)
 """log10 of the factors that are told apart: the grid of learning rates ends."""
-WIDTH = {"lr": 0.1, "batch": 0.08}
-"""Of the kernels, in log10 GR_T and in GR_S."""
-OUTSIDE = 0.2
-"""Weight of runs outside of a band."""
+WIDTH = 0.25
+"""Of the kernel, in decades: half a step of the grid."""
+SHIFTS = np.linspace(-1.5, 1.5, 61)
+LEAST = 0.05
+"""Scatter of the gauge: a fit that knows no other error is not exact."""
+ROUNDS = 10
 TOLERANCES = 10.0
 JUDGED = math.log10(3.0)
 """A direction is judged where the best is at least three times away."""
+AT, NEARBY = (50, 100, 200, 400), 0.1
+"""Steps that are judged one by one, with readings up to a tenth away: checks lie where samples put them."""
 
 Row = dict[str, Any]
 
@@ -128,7 +130,7 @@ def summaries(table: Mapping[str, pd.DataFrame]) -> list[Row]:
             for reading in readings(run):
                 watch.observe(reading)
                 for summary in (watch.summary(), watch.late()):
-                    if summary is not None and summary.log_gr_t is not None:
+                    if summary is not None and summary.gr_t is not None:
                         seen[summary.span, summary.first, summary.last] = summary
             windows = [key for key in seen if key[0] == "window"]
             for key in windows[:-1]:  # the window's readings in the end, not on the way
@@ -155,18 +157,6 @@ def exploded(table: Mapping[str, pd.DataFrame]) -> list[Row]:
     return made
 
 
-def balanced(rows: Sequence[Row]) -> np.ndarray:
-    """Weights that make all families count alike."""
-    names = [row["family"] for row in rows]
-    return np.array([1.0 / names.count(name) for name in names])
-
-
-def weighted_quantiles(values: np.ndarray, weights: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    order = np.argsort(values)
-    ends = np.cumsum(weights[order])
-    return np.interp(np.asarray(levels) * ends[-1], ends - weights[order] / 2.0, values[order])
-
-
 def isotonic(values: np.ndarray, weights: np.ndarray, rising: bool) -> np.ndarray:
     """The nearest monotone sequence, by pooling adjacent violators."""
     blocks: list[list[float]] = []  # mean, weight, length
@@ -179,79 +169,63 @@ def isotonic(values: np.ndarray, weights: np.ndarray, rising: bool) -> np.ndarra
     return fitted if rising else -fitted
 
 
-def gauges(row: Row, what: str) -> tuple[float | None, float | None, float]:
-    """The gauge that a curve is over, the other one, and the standard error of the first."""
+def curve(rows: Sequence[Row], what: str) -> Curve:
+    """The curve of one span: a common one, from which each family's is shifted, as the module's docstring says."""
+    known = [row for row in rows if gauge(row, what)[0] is not None]
+    names = sorted({row["family"] for row in known})
+    family = np.array([names.index(row["family"]) for row in known])
+    value, error = np.array([gauge(row, what) for row in known], float).T
+    away, alike = np.array([row[what] for row in known]), 1.0 / np.bincount(family)[family]
+    sideways, upwards, scatter = np.zeros(len(names)), np.zeros(len(names)), np.full(len(AWAY), 0.3)
+    for _ in range(ROUNDS):
+        at, level = away + sideways[family], value - upwards[family]
+        near = alike[:, None] * (np.exp(-0.5 * ((at[:, None] - AWAY) / WIDTH) ** 2) + 1e-9)
+        weights = near / np.hypot(np.interp(at, AWAY, scatter), np.hypot(error, 0.1))[:, None] ** 2
+        read = isotonic(weights.T @ level / weights.sum(0), near.sum(0), what == "batch")
+        beyond = (level - np.interp(at, AWAY, read)) ** 2 - error**2
+        scatter = np.sqrt(np.maximum(weights.T @ beyond / weights.sum(0), LEAST**2))
+        for i in range(len(names)):
+            own = family == i
+            if what == "batch":
+                upwards[i] = np.mean(value[own] - np.interp(away[own], AWAY, read))
+                continue
+            tried = away[own, None] + SHIFTS
+            variance = np.interp(tried, AWAY, scatter) ** 2 + error[own, None] ** 2
+            misfit = (value[own, None] - np.interp(tried, AWAY, read)) ** 2 / variance + np.log(variance)
+            sideways[i] = SHIFTS[misfit.sum(0).argmin()]
+        sideways, upwards = sideways - sideways.mean(), upwards - upwards.mean()
+    columns = (column.round(3).tolist() for column in (AWAY, read, np.hypot(scatter, between(upwards))))
+    return Curve(*columns, round(between(sideways), 3))
+
+
+def between(means: Sequence[float] | np.ndarray) -> float:
+    """Standard deviation of a family not seen about the mean of those seen: unbiased, as that of few is too small."""
+    count = len(means)
+    bias = math.sqrt(2.0 / (count - 1)) * math.gamma(count / 2.0) / math.gamma((count - 1) / 2.0)
+    return float(np.std(means, ddof=1)) / bias * math.sqrt(1.0 + 1.0 / count)
+
+
+def gauge(row: Row, what: str) -> tuple[float | None, float]:
+    """The gauge that a curve is over, and its standard error."""
     s: Summary = row["summary"]
-    return (s.log_gr_t, s.gr_s, s.log_gr_t_error) if what == "lr" else (s.gr_s, s.log_gr_t, s.gr_s_error)
-
-
-def curves(rows: Sequence[Row], what: str, wider: np.ndarray | None = None) -> list[Curve]:
-    """The curves of one span: over any value of the other gauge, and within bands of it."""
-    rows = [row for row in rows if gauges(row, what)[0] is not None]
-    x, other, errors = (
-        np.array([np.nan if v is None else v for v in column])
-        for column in zip(*(gauges(r, what) for r in rows), strict=True)
-    )
-    y, base = np.array([row[what] for row in rows]), balanced(rows)
-    knots, bands = (GR_T_KNOTS, GR_S_BANDS) if what == "lr" else (GR_S_KNOTS, GR_T_BANDS)
-    made = []
-    for band in ((-9.0, 9.0), *bands):
-        within = (other > band[0]) & (other <= band[1])
-        weights = base if band == (-9.0, 9.0) else base * np.where(within, 1.0, OUTSIDE)
-        fitted, usual, mass = [], [], []
-        for knot in knots:
-            near = weights * (np.exp(-0.5 * ((x - knot) / WIDTH[what]) ** 2) + 1e-6)
-            fitted.append(weighted_quantiles(y, near, LEVELS))
-            usual.append(float(weighted_quantiles(errors, near, (0.5,))[0]))
-            mass.append(near.sum())
-        grid = np.array([isotonic(column, np.array(mass), what == "batch") for column in np.array(fitted).T]).T
-        if wider is not None:
-            grid[:, [0, -1]] = np.clip(grid[:, [0, -1]] + wider, -LARGEST, LARGEST)
-        made.append(Curve(band, knots, [tuple(row) for row in grid.round(3).tolist()], [round(e, 3) for e in usual]))
-    return made
-
-
-def widening(rows: Sequence[Row], what: str) -> np.ndarray:
-    """What to add to both ends of intervals, at each knot, so that 5 % of the rows of held-out families lie beyond."""
-    names, knots = sorted({row["family"] for row in rows}), np.array(GR_T_KNOTS if what == "lr" else GR_S_KNOTS)
-    if len(names) < 2:
-        return np.zeros((len(knots), 2))
-    at, beyond, weights = [], [], []
-    for name in names:
-        fitted = curves([row for row in rows if row["family"] != name], what)
-        out = [row for row in rows if row["family"] == name and gauges(row, what)[0] is not None]
-        for row in out:
-            x, other, error = gauges(row, what)
-            assert x is not None
-            low, *_, high = spread(fitted, x, error, None if other is None else (other, other))
-            at.append(x)
-            beyond.append((row[what] - low, row[what] - high))
-            weights.append(1.0 / len(out))
-    made = []
-    for knot in knots:
-        near = np.array(weights) * (np.exp(-0.5 * ((np.array(at) - knot) / (2.0 * WIDTH[what])) ** 2) + 1e-6)
-        below, above = np.array(beyond).T
-        made.append(
-            (
-                min(float(weighted_quantiles(below, near, (LEVELS[0],))[0]), 0.0),
-                max(float(weighted_quantiles(above, near, (LEVELS[-1],))[0]), 0.0),
-            )
-        )
-    return np.array(made)
+    return (s.signal, s.signal_error) if what == "lr" else (s.gr_s, s.gr_s_error)
 
 
 def fit(rows: Sequence[Row], diverged: Sequence[Row]) -> Calibration:
     spans = {span: [row for row in rows if row["summary"].span == span] for span in SPANS}
-    made = {
-        what: {span: curves(own, what, widening(own, what)) for span, own in spans.items()} for what in ("lr", "batch")
-    }
-    y = np.array([row["lr"] for row in diverged])
-    quantiles = weighted_quantiles(y, balanced(diverged), LEVELS)
-    return Calibration(made["lr"], made["batch"], tuple(quantiles.round(3).tolist()), {})
+    lr, batch = ({span: curve(own, what) for span, own in spans.items()} for what in ("lr", "batch"))
+    common = math.sqrt(np.mean([one.between**2 for one in lr.values()]))  # families are few: one variance for all spans
+    lr = {span: replace(one, between=round(common, 3)) for span, one in lr.items()}
+    names = sorted({row["family"] for row in diverged})
+    away = [[row["lr"] for row in diverged if row["family"] == name] for name in names]
+    means = [np.mean(own) for own in away]
+    deviation = math.hypot(math.sqrt(np.mean([np.var(own) for own in away])), between(means))
+    exploded = NormalDist(float(np.mean(means)), deviation)
+    return Calibration(lr, batch, Interval(*(round(exploded.inv_cdf(p), 3) for p in (LEVEL, 0.5, 1.0 - LEVEL))), {})
 
 
-def judged(table: Mapping[str, pd.DataFrame], known: Calibration, steps: tuple[int, int]) -> list[Row]:
-    """The advice after each recorded reading within those steps, and what would have been right."""
+def judged(table: Mapping[str, pd.DataFrame], known: Calibration) -> list[Row]:
+    """The advice after each recorded reading within the steps that are judged, and what would have been right."""
     made = []
     for name, rows in table.items():
         lrs, batch = bests(families.kind(name), rows)
@@ -264,7 +238,7 @@ def judged(table: Mapping[str, pd.DataFrame], known: Calibration, steps: tuple[i
                 watch.observe(reading)
                 watch.lost(float(losses[reading.step]))
                 advice = advice_of(watch, known=known)
-                if advice is None or not steps[0] <= reading.step <= steps[1]:
+                if advice is None or not AT[0] * (1.0 - NEARBY) <= reading.step <= AT[-1]:
                     continue
                 for what, best, now in (("lr", lrs[int(size)], lr), ("batch", batch, size)):
                     part, away = getattr(advice, what), best - math.log10(now)
@@ -278,44 +252,47 @@ def judged(table: Mapping[str, pd.DataFrame], known: Calibration, steps: tuple[i
                             "away": away,
                             "direction": part.direction,
                             "held": low <= 10.0**away <= high,
-                            "given": low > 0.0,
+                            "words": part.describe("LR"),
+                            "given": (low, high) != (0.0, math.inf),
                         }
                     )
     return made
 
 
-def right(rows: pd.DataFrame) -> float:
-    """Share of right directions where the best is at least three times away; "cannot tell" counts half."""
-    far = rows[rows["away"].abs() >= JUDGED]
-    wanted = np.where(far["away"] > 0, "raise", "lower")
-    return float(np.where(far["direction"] == "unknown", 0.5, far["direction"] == wanted).mean())
-
-
-def report(table: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """For each family, fitted on the others: shares of right directions, of intervals that hold, of no answer."""
-    rows, diverged, made = summaries(table), exploded(table), dict[str, Any]()
+def held_out(table: Mapping[str, pd.DataFrame], rows: Sequence[Row], diverged: Sequence[Row]) -> pd.DataFrame:
+    """The advice on each family by a fit on the others."""
+    made = []
     for name in table:
         known = fit([r for r in rows if r["family"] != name], [r for r in diverged if r["family"] != name])
-        seen = pd.DataFrame(judged({name: table[name]}, known, (50, 400)))
-        for what, own in seen.groupby("what"):
-            far = own[own["away"].abs() >= JUDGED]
-            near = own[own["away"].abs() < JUDGED]
-            made.setdefault(str(what), {})[name] = {
-                "right": round(right(own), 3),
-                "unknown": round(float((far["direction"] == "unknown").mean()), 3),
-                "kept_near_best": round(float((near["direction"] == "keep").mean()), 3),
-                "wrong_near_best": round(
-                    float(
-                        (
-                            near["direction"].isin(["raise", "lower"])
-                            & (np.where(near["away"] > 0, "raise", "lower") != near["direction"])
-                        ).mean()
-                    ),
-                    3,
-                ),
-                "held": round(float(own[own["given"]]["held"].mean()), 3),
-                "cases": len(far),
-            }
+        made += judged({name: table[name]}, known)
+    return pd.DataFrame(made)
+
+
+def shares(rows: pd.DataFrame) -> dict[str, float]:
+    """Of the cases where the best is three times away or more: right (cannot tell counts half), spoken and right,
+    wrong, cannot tell. Of all cases: an interval given, and of those, held."""
+    far = rows[rows["away"].abs() >= JUDGED]
+    right = far["direction"] == np.where(far["away"] > 0, "raise", "lower")
+    unknown = far["direction"] == "unknown"
+    made = {
+        "right": (right + 0.5 * unknown).mean(),
+        "spoken": right.mean(),
+        "wrong": (~right & ~unknown).mean(),
+        "unknown": unknown.mean(),
+        "given": rows["given"].mean(),
+    }
+    held = {"held": rows[rows["given"]]["held"].mean()} if rows["given"].any() else {}
+    return {name: round(float(share), 3) for name, share in (made | held).items()} | {"cases": len(far)}
+
+
+def report(rows: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
+    """Shares of each family: of the learning rate at all steps and around some, of the batch at all steps."""
+    made: dict[str, dict[str, dict[str, float]]] = {}
+    for name, own in rows.groupby("family"):
+        lr = own[own["what"] == "lr"]
+        spans = {f"step {step}": lr[(lr["step"] / step - 1.0).abs() <= NEARBY] for step in AT}
+        parts = {"lr": lr[lr["step"] >= AT[0]], **spans, "batch": own[own["what"] == "batch"]}
+        made[str(name)] = {part: shares(part_rows) for part, part_rows in parts.items()}
     return made
 
 
@@ -337,15 +314,8 @@ def count(rows: pd.DataFrame) -> int:
 
 
 def plain(known: Calibration) -> dict[str, Any]:
-    def spans(own: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-        return {span: [vars(curve) for curve in curves] for span, curves in own.items()}
-
-    return {
-        "provenance": known.provenance,
-        "diverged": known.diverged,
-        "lr": spans(known.lr),
-        "batch": spans(known.batch),
-    }
+    spans = {what: {span: vars(own) for span, own in getattr(known, what).items()} for what in ("lr", "batch")}
+    return {"provenance": known.provenance, "diverged": vars(known.diverged), **spans}
 
 
 def lines(values: dict[str, Any]) -> str:
@@ -354,26 +324,33 @@ def lines(values: dict[str, Any]) -> str:
     return re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=Path, help="folder of recorded runs")
-    parser.add_argument("--check", action="store_true", help="print how well it holds, and write nothing")
-    options = parser.parse_args()
-    table = load()
-    if options.shards is not None:
-        table = whole(options.shards) | table
-    held_out = report(table)
-    for what, own in held_out.items():
-        print(pd.DataFrame(own).T.rename_axis(f"{what}, held out").to_string())
-    if options.check:
-        return 0
-    known = fit(summaries(table), exploded(table))
+def made_of(table: Mapping[str, pd.DataFrame]) -> Calibration:
+    """What the file holds."""
+    rows, diverged = summaries(table), exploded(table)
     provenance = {
         "made_by": "python -m judge.calibrate",
         "runs": {name: count(rows) for name, rows in sorted(table.items())},
-        "held_out": held_out,
+        "held_out": report(held_out(table, rows, diverged)),
     }
-    known = Calibration(known.lr, known.batch, known.diverged, provenance)
+    return replace(fit(rows, diverged), provenance=provenance)
+
+
+def show(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    for name, parts in found.items():
+        print(pd.DataFrame(parts).T.rename_axis(name).to_string())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path, help="folder of recorded runs to judge the package's numbers on")
+    options = parser.parse_args()
+    table = load()
+    if options.shards is not None:
+        others = {name: rows for name, rows in whole(options.shards).items() if name not in table}
+        show(report(pd.DataFrame(judged(others, calibration()))))
+        return 0
+    known = made_of(table)
+    show(known.provenance["held_out"])
     PATH.write_text(lines(plain(known)), encoding="utf-8")
     return 0
 

@@ -1,4 +1,4 @@
-"""From quantiles to words: what a calibration made by hand makes of a reading."""
+"""From a calibration made by hand to words: what it makes of a reading."""
 
 from __future__ import annotations
 
@@ -10,57 +10,56 @@ import pytest
 from grgauge import Reading
 from grgauge.policy import Correction
 from grgauge.policy.advice import advice_of
-from grgauge.policy.calibration import Calibration, Curve, spread
-from grgauge.policy.watch import SPANS, Watch
+from grgauge.policy.calibration import Calibration, Curve, Interval
+from grgauge.policy.watch import SPANS, Watch, signal_of
 
 READING = Reading(50, 32, 20.0, 4.0, 1.0, 0.58, 0.05, 30.0, 1.0, 1.0, 0, True)
-ANY = (-9.0, 9.0)
-RAISE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9)
-KEEP = (-0.9, -0.4, -0.05, 0.0, 0.05, 0.4, 0.9)
-UNKNOWN = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+RAISE, KEEP, UNKNOWN = Interval(0.1, 0.4, 0.9), Interval(-0.4, 0.1, 0.4), Interval(-1.0, 0.2, 1.2)
 
 
-def level(quantiles, band=ANY):
-    """The same quantiles whatever the gauge reads."""
-    return Curve(band, ANY, (quantiles, quantiles), (0.0, 0.0))
+class Fixed(Curve):
+    """The same interval whatever the gauge reads."""
+
+    def __init__(self, interval):
+        super().__init__((), (), (), 0.0)
+        self.__dict__["interval"] = interval
+
+    def read(self, value, error):
+        return self.interval
 
 
-def advised(steps, curves, **changes):
-    """Advice on like readings at `steps`; `curves` are those of the learning rate for each span, or for all."""
-    if not isinstance(curves, dict):
-        curves = dict.fromkeys(SPANS, curves)
+def advised(steps, intervals, **changes):
+    """Advice on like readings at `steps`; `intervals` are those of the learning rate for each span, or for all."""
+    if not isinstance(intervals, dict):
+        intervals = dict.fromkeys(SPANS, intervals)
     watch = Watch()
     for step in steps:
         watch.observe(replace(READING, step=step, **changes))
-    return advice_of(watch, known=Calibration(curves, dict.fromkeys(SPANS, (level(KEEP),)), UNKNOWN, {})).lr
+    curves = {span: Fixed(interval) for span, interval in intervals.items()}
+    return advice_of(watch, known=Calibration(curves, dict.fromkeys(SPANS, Fixed(KEEP)), UNKNOWN, {})).lr
 
 
 @pytest.mark.parametrize(
-    ("quantiles", "direction"),
+    ("interval", "direction", "factor"),
     [
-        ((-0.2, 0.0, 0.11, 0.3, 0.4, 0.6, 0.7), "raise"),  # two of three runs needed 1.25 times or more
-        ((-0.2, 0.0, 0.08, 0.3, 0.4, 0.6, 0.7), "unknown"),
-        ((-0.7, -0.6, -0.4, -0.3, -0.11, 0.0, 0.2), "lower"),
-        ((-0.7, -0.6, -0.4, -0.3, -0.08, 0.0, 0.2), "unknown"),
-        (KEEP, "keep"),  # half of the runs were within 3 times of the best, nine of ten within 10 times
-        ((-0.9, -0.5, -0.05, 0.0, 0.05, 0.4, 0.9), "unknown"),
-        ((-0.9, -0.4, -0.05, 0.0, 0.05, 0.5, 0.9), "unknown"),
-        ((-1.1, -0.4, -0.05, 0.0, 0.05, 0.4, 0.9), "unknown"),
-        ((-0.9, -0.4, -0.05, 0.0, 0.05, 0.4, 1.1), "unknown"),
+        (RAISE, "raise", 10.0**0.4),
+        (Interval(-0.01, 0.4, 0.9), "unknown", 1.0),  # it has 1 inside
+        (Interval(-0.9, -0.4, -0.1), "lower", 10.0**-0.4),
+        (Interval(-0.9, -0.4, 0.01), "unknown", 1.0),
+        (KEEP, "keep", 1.0),  # all of it within three times
+        (Interval(-0.48, 0.0, 0.4), "unknown", 1.0),
+        (Interval(-0.4, 0.0, 0.48), "unknown", 1.0),
+        (Interval(0.1, 2.0, math.inf), "raise", 3.0),  # nobody knows how far: one step
+        (Interval(0.1, 0.2, math.inf), "raise", 10.0**0.2),
+        (Interval(-math.inf, -2.0, -0.1), "lower", 1.0 / 3.0),
+        (Interval(-math.inf, 0.0, math.inf), "unknown", 1.0),
     ],
 )
-def test_direction_factor_and_interval(quantiles, direction):
-    found = advised([50], [level(quantiles)])
+def test_direction_factor_and_interval(interval, direction, factor):
+    found = advised([50], interval)
     assert found.direction == direction
-    assert found.factor == pytest.approx(10.0 ** quantiles[3] if direction in ("raise", "lower") else 1.0)
-    assert found.interval == pytest.approx((10.0 ** quantiles[0], 10.0 ** quantiles[-1]))
-
-
-@pytest.mark.parametrize(("gr_t", "lowest", "open_end"), [(1.9, 0.1, True), (2.1, 0.1, False), (1.9, -0.1, False)])
-def test_only_where_gradients_agree_wholly_has_the_factor_no_upper_end(gr_t, lowest, open_end):
-    low, high = advised([50], [level((lowest, *RAISE[1:]))], gr_t=gr_t).interval
-    assert low == pytest.approx(10.0**lowest)
-    assert high == (math.inf if open_end else pytest.approx(10.0 ** RAISE[-1]))
+    assert found.factor == pytest.approx(factor)
+    assert found.interval == pytest.approx((10.0**interval.low, 10.0**interval.high))
 
 
 @pytest.mark.parametrize(
@@ -80,39 +79,91 @@ def test_words(correction, words):
 
 
 def test_a_late_reading_counts_only_where_the_window_knows_no_direction():
-    spans = {"early": [level(UNKNOWN)], "window": [level(UNKNOWN)], "late": [level(RAISE)]}
+    spans = {"early": UNKNOWN, "window": UNKNOWN, "late": RAISE}
     assert advised([50], spans).direction == "unknown"
     assert advised([50, 200], spans).direction == "raise"
-    lower = tuple(-q for q in reversed(RAISE))
-    assert advised([50, 200], {**spans, "window": [level(lower)]}).direction == "lower"
-    kept = advised([50, 200], {**spans, "window": [level(KEEP)]})
-    assert (kept.direction, kept.why) == ("keep", "GR_T 20 ± 4 at step 50; step 200 is past the window")
-    never = advised([200], {**spans, "late": [level(KEEP)]})
-    assert (never.direction, never.why) == ("unknown", "GR_T 20 ± 4 at step 200, past the window around step 50")
+    assert advised([50, 200], {**spans, "window": Interval(-0.9, -0.4, -0.1)}).direction == "lower"
+    kept = advised([50, 200], {**spans, "window": KEEP})
+    assert (kept.direction, kept.why) == ("keep", "GR_T 20 ± 4 at step 50")
 
 
-RISING = Curve(ANY, ANY, ((-9.0,) * 7, (9.0,) * 7), (0.1, 0.1))
-"""All quantiles are what the gauge reads."""
+# --- the curve, inverted ---------------------------------------------------------------------------------------------
+
+AWAY = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
-@pytest.mark.parametrize(("error", "width"), [(0.05, 0.0), (0.1, 0.0), (0.3, 0.2)])
-def test_an_error_beyond_the_usual_one_widens_and_leaves_the_middle(error, width):
-    found = spread([RISING], 1.0, error, None)
-    assert found == pytest.approx((1.0 - width,) * 3 + (1.0,) + (1.0 + width,) * 3)
+def test_without_scatter_the_interval_is_where_the_curve_reads_within_the_error():
+    falling = Curve(AWAY, (2.0, 1.0, 0.0, -1.0, -2.0), (0.01,) * 5, 0.0)
+    rising = Curve(AWAY, (-2.0, -1.0, 0.0, 1.0, 2.0), (0.01,) * 5, 0.0)
+    for curve, middle in ((falling, -0.5), (rising, 0.5)):
+        found = curve.read(0.5, 0.3)
+        assert found.middle == pytest.approx(middle)
+        assert (found.low, found.high) == pytest.approx((middle - 1.645 * 0.3, middle + 1.645 * 0.3), abs=0.02)
 
 
-def test_the_bands_that_the_other_gauge_may_be_in_count_together():
-    curves = [level((5.0,) * 7), level((1.0,) * 7, (0.0, 0.5)), level((2.0,) * 7, (0.5, 0.8))]
-    assert spread(curves, 0.0, 0.0, None) == (5.0,) * 7
-    assert spread(curves, 0.0, 0.0, (0.2, 0.2)) == (1.0,) * 7
-    assert spread(curves, 0.0, 0.0, (0.5, 0.5)) == (1.0,) * 7  # a band has its upper end
-    assert spread(curves, 0.0, 0.0, (0.6, 0.7)) == (2.0,) * 7
-    assert spread(curves, 0.0, 0.0, (0.4, 0.6)) == (1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0)
-    assert spread(curves, 0.0, 0.0, (0.9, 0.9)) == (5.0,) * 7  # in none
+@pytest.mark.parametrize(
+    ("scatter", "between", "error", "half"),
+    [(0.3, 0.0, 0.0, 0.3), (0.01, 0.3, 0.0, 0.3), (0.3, 0.3, 0.3, 0.3 * 3**0.5)],
+)
+def test_scatter_families_and_the_readings_error_count_together(scatter, between, error, half):
+    curve = Curve(AWAY, (2.0, 1.0, 0.0, -1.0, -2.0), (scatter,) * 5, between)
+    found = curve.read(0.0, error)
+    assert (found.high - found.low) / 2.0 == pytest.approx(1.645 * half, rel=0.1)
 
 
-@pytest.mark.parametrize(("error", "interval"), [(0.1, (1.0, 1.0)), (0.25, (0.1, 10.0))])
-def test_an_uncertain_gr_s_takes_the_bands_beside_it_in(error, interval):
-    at = {-1.0: (0.0, 0.5), 0.0: (0.5, 0.7), 1.0: (0.7, 1.0)}
-    curves = [level(UNKNOWN), *(level((q,) * 7, band) for q, band in at.items())]
-    assert advised([50], curves, gr_s=0.6, gr_s_error=error).interval == pytest.approx(interval)
+def test_where_the_curve_is_level_the_distance_has_no_end():
+    curve = Curve(AWAY, (2.0, 2.0, 1.0, 0.0, 0.0), (0.1,) * 5, 0.0)
+    low = curve.read(0.0, 0.0)
+    assert low.high == math.inf
+    assert 0.8 <= low.low <= 1.0
+    assert curve.read(2.0, 0.0).low == -math.inf
+    assert curve.read(1.0, 3.0) == Interval(-math.inf, pytest.approx(0.0), math.inf)
+
+
+def test_a_reading_beyond_all_of_the_curve_rules_no_distance_out_by_itself():
+    curve = Curve(AWAY, (2.0, 2.0, 1.0, 0.0, 0.0), (0.1,) * 5, 0.0)
+    assert curve.read(5.0, 0.1) == curve.read(2.0 + 0.1 * 2**0.5, 0.1)
+    assert curve.read(5.0, 0.1).high > -1.0
+
+
+# --- GR_T without the noise ------------------------------------------------------------------------------------------
+
+
+def gr_t_of(agreed, noise):
+    """GR_T of a share of noise, and of true gradients with that GR_T of their own."""
+    return 1.0 / ((1.0 - noise) / agreed + noise / 19.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("agreed", [1.0, 3.0, 19.0])
+def test_the_signal_is_what_gr_t_would_be_without_noise(agreed, noise):
+    for factor in (1.0, 0.8):  # of a young reading
+        white = gr_t_of(agreed, noise) if factor == 1.0 else 1.0 / ((1.0 - noise) / agreed + noise / (19.0 * factor))
+        if agreed > 19.0 * factor:
+            continue
+        gr_s = (1.0 + noise * 31.0) / 32.0
+        reading = replace(READING, gr_t=white, gr_t_error=0.0, gr_s=gr_s, gr_s_error=0.0, finite_time_factor=factor)
+        assert signal_of(reading) == (pytest.approx(math.log10(agreed), abs=1e-9), 0.0)
+
+
+def test_above_noise_gr_t_is_taken_as_it_is():
+    for gr_s in (0.1, 0.9):
+        value, _ = signal_of(replace(READING, gr_t=60.0, gr_s=gr_s))
+        assert value == pytest.approx(math.log10(60.0))
+
+
+def test_the_nearer_gr_s_is_to_1_the_less_is_known():
+    errors = [
+        signal_of(replace(READING, gr_t=gr_t_of(3.0, noise), gr_t_error=0.2, gr_s=(1.0 + noise * 31.0) / 32.0))[1]
+        for noise in (0.1, 0.5, 0.8, 0.9)
+    ]
+    assert errors == sorted(errors)
+    assert errors[-1] > 4.0 * errors[0]
+
+
+@pytest.mark.parametrize("changes", [{"gr_s": None, "gr_s_error": None}, {"batch_size": 1}])
+def test_without_gr_s_the_noise_may_be_anything(changes):
+    value, error = signal_of(replace(READING, gr_t=4.0, gr_t_error=0.0, **changes))
+    least, most = 0.0, math.log10(4.0)
+    assert value - error <= least + 0.2
+    assert value + error >= most

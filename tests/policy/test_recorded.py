@@ -10,7 +10,7 @@ import pytest
 from policy.healthy import READING
 
 from grgauge import Config, Continue, Policy
-from grgauge.policy import Probe
+from grgauge.policy import Probe, advise
 
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
 """First 80 steps of real trainings with `grgauge.AdamW` at constant configurations: a character transformer, a CNN on
@@ -18,19 +18,25 @@ shifted patterns, regression onto a random network, and classification of noisy 
 loss of the sweep at that batch, `untrained` is the loss before the first step."""
 
 
-def replay(run, **settings):
-    """The first decision other than Continue about a recorded training."""
-    policy, config = Policy(**settings), Config(run["lr"], run["batch"])
-    policy.observe(None, config, loss=run["untrained"])
+def readings(run, count=16):
     names = ("gr_t", "gr_t_error", "finite_time_factor", "gr_s", "gr_s_error", "noise_scale", "grad_norm")
-    for i, loss in enumerate(run["loss"]):
-        reading = replace(
+    return [
+        replace(
             READING,
             step=5 * i + 5,
             batch_size=run["batch"],
             noise_scale_error=None,
             **{name: run[name][i] for name in names},
         )
+        for i in range(count)
+    ]
+
+
+def replay(run, **settings):
+    """The first decision other than Continue about a recorded training."""
+    policy, config = Policy(**settings), Config(run["lr"], run["batch"])
+    policy.observe(None, config, loss=run["untrained"])
+    for reading, loss in zip(readings(run), run["loss"], strict=True):
         decision = policy.observe(reading, config, loss=loss)
         if isinstance(decision, Probe):  # nobody has recorded its other side: undecided
             decision = policy.judge(((1.0, 1.0), (1.0, 1.0)))
@@ -92,3 +98,17 @@ def test_a_real_batch_far_too_large_is_left_after_five_steps(run):
     decision = replay(run)
     assert decision.config.batch_size <= 32
     assert decision.evidence.step == 5
+
+
+def test_advice_on_models_that_it_was_not_fitted_on():
+    """At step 60: no wrong direction where the best rate is three times away or more, one in half of these cases, and
+    nine intervals of ten hold."""
+    said, held = [], []
+    for run in RECORDED:
+        advice, away = advise(readings(run, 12)).lr, run["best_lr"] / run["lr"]
+        held.append(advice.interval[0] <= away <= advice.interval[1])
+        if max(away, 1.0 / away) >= 2.99:
+            assert advice.direction in ("unknown", "raise" if away > 1.0 else "lower")
+            said.append(advice.direction != "unknown")
+    assert (sum(said), len(said)) == (26, 48)
+    assert sum(held) / len(held) == pytest.approx(0.946, abs=0.001)

@@ -48,13 +48,21 @@ def test_gr_t_and_the_rate_are_medians_and_gr_s_is_the_newest():
     watch.observe(replace(READING, step=60, gr_t=None, gr_t_error=None, gr_s=None), 1.8e-3)
     summary = watch.summary()
     assert summary.gr_t == pytest.approx(20.0)
-    assert summary.log_gr_t_error == pytest.approx(0.1 / math.log(10.0))
+    assert summary.signal == pytest.approx(math.log10(20.0))
+    assert summary.gr_t_error == pytest.approx(2.0)
     assert (summary.gr_s, summary.lr) == (0.6, pytest.approx(1.95e-3))
     assert watch.peak == 3e-3
 
 
 def test_an_early_reading_counts_by_what_it_will_come_to():
     assert watched(50, gr_t=10.0, finite_time_factor=0.5).summary().gr_t == pytest.approx(20.0)
+
+
+def test_readings_that_share_few_gradients_count_more():
+    quiet = {"gr_s": 1.0 / 32.0, "gr_s_error": 0.0}
+    one, same, apart = (watched(*steps, **quiet).summary().signal_error for steps in ((50,), (50, 51), (40, 50, 59)))
+    assert one > same > apart
+    assert apart == pytest.approx(one / math.sqrt(2.0), rel=1e-3)  # 19 steps apart they are independent
 
 
 @pytest.mark.parametrize(

@@ -8,29 +8,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ..reading import Reading
-from .calibration import Calibration, Quantiles, calibration, spread
+from .calibration import Calibration, Interval, calibration
 from .target import BLIND, Target
 from .watch import SPANS, WINDOW, Summary, Watch
 
 Direction = Literal["raise", "lower", "keep", "unknown"]
 
-FAR = 0.301
-"""log10 of the GR_T below which the distance has no upper end: gradients agree wholly, however low the rate is."""
-
-LEAST = math.log10(1.25)
-"""A smaller correction is not worth making."""
-
 NEAR = math.log10(3.0)
 """A learning rate or batch that is off by less counts as right."""
 
-USUAL_GR_S_ERROR = 0.1
-"""Of GR_S, in the runs of the calibration."""
-
 STEP = 3.0
 """The largest factor to be taken before looking again."""
-
-WIDEST = 1.0
-"""log10 of the factor either way up to which "keep" is said; beyond, nobody can tell."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +27,9 @@ class Correction:
 
     Attributes:
         direction: "raise", "lower", "keep", or "unknown" where the gauges cannot tell.
-        factor: what to multiply by; 1 for "keep" and "unknown".
-        interval: a 90 % interval of the factor that leads to the best value; inf where only "at least" is known.
+        factor: what to multiply by; 1 for "keep" and "unknown", 3 times at most where an end is not known.
+        interval: a 90 % interval of the factor that leads to the best value, for a family of models that was not
+            recorded; 0 or inf where an end is not known.
         why: in words.
     """
 
@@ -177,27 +166,19 @@ def _lr(watch: Watch, target: Target, known: Calibration) -> Correction:
     if summary is None:
         return _unknown(_nothing(watch))
     found = _lr_from(watch, summary, target, known)
-    if late is not None and late.last > summary.last:
-        if found.direction == "unknown":
-            found = _lr_from(watch, late, target, known)
-        if found.direction == "keep":
-            past = f"{found.why}; step {watch.newest.step} is past the window"
-            return replace(found, why=past)
+    if found.direction == "unknown" and late is not None and late.last > summary.last:
+        return _lr_from(watch, late, target, known)
     return found
 
 
 def _lr_from(watch: Watch, summary: Summary, target: Target, known: Calibration) -> Correction:
-    if summary.log_gr_t is None or summary.gr_t is None:
+    if summary.gr_t is None:
         return _unknown(_missing(watch, "GR_T"))
-    x = summary.log_gr_t - math.log10(target.gr_t / 20.0)
-    quantiles = spread(known.lr[summary.span], x, summary.log_gr_t_error, _gr_s_ends(summary))
+    x = summary.signal - math.log10(target.gr_t / Target.gr_t)
     share = 1.0 if summary.lr is None or watch.peak is None else summary.lr / watch.peak
-    quantiles = _shifted(quantiles, math.log10(share))
-    found = _correction(quantiles, f"GR_T {_with_error(summary.gr_t, summary.log_gr_t_error)} {_when(summary)}")
-    if summary.span == "late" and found.direction == "keep":
-        return _unknown(f"{found.why}, past the window around step 50")
-    if found.direction == "raise" and x < FAR and found.interval[0] > 1.0:
-        return replace(found, interval=(found.interval[0], math.inf))
+    interval = known.lr[summary.span].read(x, summary.signal_error).shifted(math.log10(share))
+    error = f" ± {summary.gr_t_error:.2g}" if summary.gr_t_error else ""
+    found = _correction(interval, f"GR_T {summary.gr_t:.3g}{error} {_when(summary)}")
     if found.direction == "unknown" and summary.gr_s is not None and summary.gr_s > BLIND:
         why = f"{found.why}, and GR_S {summary.gr_s:.2f} says that noise hides the rate: enlarge the batch first"
         return replace(found, why=why)
@@ -213,41 +194,31 @@ def _batch(watch: Watch, target: Target, known: Calibration) -> Correction:
     if summary.gr_s is None:
         return _unknown(_missing(watch, "GR_S"))
     error = summary.gr_s_error
-    between = None if summary.log_gr_t is None else (summary.log_gr_t, summary.log_gr_t)
-    quantiles = spread(known.batch[summary.span], summary.gr_s, error, between)
     # GR_S = (1 + mu) / (B + mu): another target asks for another multiple of the noise scale
     ratio = (1.0 / target.gr_s - 1.0) / (1.0 / Target.gr_s - 1.0)
-    within = "" if not error else f" ± {error:.2f}"
-    return _correction(_shifted(quantiles, math.log10(ratio)), f"GR_S {summary.gr_s:.2f}{within} {_when(summary)}")
+    interval = known.batch[summary.span].read(summary.gr_s, error).shifted(math.log10(ratio))
+    within = f" ± {error:.2f}" if error else ""
+    return _correction(interval, f"GR_S {summary.gr_s:.2f}{within} {_when(summary)}")
 
 
-def _correction(quantiles: Quantiles, why: str) -> Correction:
-    """A direction that two of three such runs needed, or "keep" where half of them were near the best and few far."""
-    q05, q25, q35, q50, q65, q75, q95 = quantiles
-    interval = (10.0**q05, 10.0**q95)
-    if q35 > LEAST:
-        return Correction("raise", 10.0**q50, interval, why)
-    if q65 < -LEAST:
-        return Correction("lower", 10.0**q50, interval, why)
-    if min(q25 + NEAR, NEAR - q75, q05 + WIDEST, WIDEST - q95) >= 0.0:
+def _correction(found: Interval, why: str) -> Correction:
+    """A direction where the interval has one, "keep" where all of it is near the best."""
+    interval = (10.0**found.low, 10.0**found.high)
+    if found.low > 0.0 or found.high < 0.0:
+        factor = 10.0**found.middle
+        if math.isinf(found.low) or math.isinf(found.high):
+            factor = min(max(factor, 1.0 / STEP), STEP)
+        return Correction("raise" if found.low > 0.0 else "lower", factor, interval, why)
+    if found.low >= -NEAR and found.high <= NEAR:
         return Correction("keep", 1.0, interval, why)
+    if interval == (0.0, math.inf):
+        return _unknown(f"{why}, which families read far below the best as well as far above it")
     low, high = map(_number, interval)
     return Correction("unknown", 1.0, interval, f"{why}: the best is anywhere from {low}× to {high}× it")
 
 
 def _unknown(why: str) -> Correction:
     return Correction("unknown", 1.0, (0.0, math.inf), why)
-
-
-def _shifted(quantiles: Quantiles, by: float) -> Quantiles:
-    return tuple(q + by for q in quantiles)
-
-
-def _gr_s_ends(summary: Summary) -> tuple[float, float] | None:
-    if summary.gr_s is None:
-        return None
-    excess = max(summary.gr_s_error - USUAL_GR_S_ERROR, 0.0)
-    return max(summary.gr_s - excess, 0.0), min(summary.gr_s + excess, 1.0)
 
 
 def _nothing(watch: Watch) -> str:
@@ -267,11 +238,6 @@ def _when(summary: Summary) -> str:
     return (
         f"at step {summary.first}" if summary.first == summary.last else f"at steps {summary.first} to {summary.last}"
     )
-
-
-def _with_error(value: float, log_error: float) -> str:
-    error = f" ± {value * log_error * math.log(10.0):.2g}" if log_error else ""
-    return f"{value:.3g}{error}"
 
 
 def _number(value: float) -> str:

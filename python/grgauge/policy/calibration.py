@@ -1,4 +1,4 @@
-"""How far from the best learning rate and batch a reading is, as measured: quantiles fitted on recorded trainings.
+"""How far from the best learning rate and batch a reading is, as measured: intervals fitted on recorded trainings.
 
 The numbers are in calibration.json, made by `python -m judge.calibrate` in bench/, which says on what and how well they
 hold on a family of models that they were not fitted on.
@@ -9,85 +9,96 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-LEVELS = (0.05, 0.25, 0.35, 0.5, 0.65, 0.75, 0.95)
-"""Of the quantiles; the outer two are a 90 % interval."""
+LEVEL = 0.05
+"""Of what lies beyond either end of an interval."""
 
-Quantiles = tuple[float, ...]
-"""Of log10 of the factor that leads to the best value, at `LEVELS`."""
+FAMILIES = tuple(NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21))
+"""Families of models that stand for all, in standard deviations between families."""
+
+PLACES = 61
+"""Distances that are tried."""
+
+_erf = np.vectorize(math.erf, otypes=[float])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of log10 of the factor that leads to the best value, 90 %; an end that nobody knows is infinite."""
+
+    low: float
+    middle: float
+    high: float
+
+    def shifted(self, by: float) -> Interval:
+        return Interval(self.low + by, self.middle + by, self.high + by)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Quantiles over one gauge, within a band of the other.
+    """What a gauge reads over the distance to the best.
 
-    band       of the other gauge, (low, high]
-    at         knots, increasing
-    quantiles  at each knot
-    error      the standard error that is usual at each knot
+    away     log10 of best / value, increasing
+    gauge    what it reads there, falling or rising throughout
+    scatter  of runs there beyond the standard errors of their readings, as a standard deviation
+    between  standard deviation, in `away`, by which the curve of a family not seen is shifted
     """
 
-    band: tuple[float, float]
-    at: Sequence[float]
-    quantiles: Sequence[Quantiles]
-    error: Sequence[float]
+    away: Sequence[float]
+    gauge: Sequence[float]
+    scatter: Sequence[float]
+    between: float
 
-    def read(self, x: float) -> Quantiles:
-        return tuple(float(np.interp(x, self.at, column)) for column in zip(*self.quantiles, strict=True))
+    def read(self, value: float, error: float) -> Interval:
+        """All distances at which a family may read `value`, with that standard error: those at which neither a lower
+        reading nor a higher one is rarer than one in twenty.
 
-    def usual_error(self, x: float) -> float:
-        return float(np.interp(x, self.at, self.error))
+        No distance explains a value beyond all of the curve, and none may be ruled out by it alone: it counts as one
+        that is a standard deviation beyond.
+        """
+        away = np.linspace(self.away[0], self.away[-1], PLACES)
+        at = away[:, None] + np.array(FAMILIES) * self.between
+        deviation = np.hypot(np.interp(at, self.away, self.scatter), error)
+        expected = np.interp(at, self.away, self.gauge)
+        value = np.clip(value, (expected - deviation).min(), (expected + deviation).max())
+        scores = (value - expected) / deviation
+        if self.gauge[-1] > self.gauge[0]:
+            scores = -scores
+        lower = 0.5 + 0.5 * _erf(scores / math.sqrt(2.0)).mean(axis=1)  # rises with the distance
+        low, middle, high = np.interp((LEVEL, 0.5, 1.0 - LEVEL), lower, away)
+        return Interval(
+            -math.inf if lower[0] >= LEVEL else float(low),
+            float(middle),
+            math.inf if lower[-1] <= 1.0 - LEVEL else float(high),
+        )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All curves.
+    """What readings say of the distance to the best.
 
-    lr        of each span of steps the curves over log10 GR_T, the first for any GR_S, the others for bands of it
-    batch     of each span the curves over GR_S, the first for any GR_T, the others for bands of it
-    diverged  quantiles for the learning rate of a run whose loss has exploded
+    lr        of each span of steps the curve of `Summary.signal`
+    batch     of each span the curve of GR_S
+    diverged  the learning rate of a run whose loss has exploded
     provenance  where the numbers come from, and how well they hold
     """
 
-    lr: Mapping[str, Sequence[Curve]]
-    batch: Mapping[str, Sequence[Curve]]
-    diverged: Quantiles
+    lr: Mapping[str, Curve]
+    batch: Mapping[str, Curve]
+    diverged: Interval
     provenance: Mapping[str, Any]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        def curves(spans: Mapping[str, Any]) -> dict[str, list[Curve]]:
-            return {
-                span: [
-                    Curve(tuple(c["band"]), c["at"], [tuple(row) for row in c["quantiles"]], c["error"]) for c in own
-                ]
-                for span, own in spans.items()
-            }
-
-        return cls(curves(values["lr"]), curves(values["batch"]), tuple(values["diverged"]), values["provenance"])
-
-
-def spread(curves: Sequence[Curve], x: float, error: float, other: tuple[float, float] | None) -> Quantiles:
-    """Quantiles at `x`, wider where `x` or the other gauge is less certain than usual.
-
-    error  standard error of `x`; what is beyond the usual one at that place counts
-    other  the ends of an interval of the other gauge, None where it is not known
-    """
-    chosen = curves[:1] if other is None else [c for c in curves[1:] if c.band[0] < other[1] and other[0] <= c.band[1]]
-    read: list[Quantiles] = []
-    for curve in chosen or curves[:1]:
-        excess = max(error - curve.usual_error(x), 0.0)
-        read += [curve.read(x + shift) for shift in ((0.0, -excess, excess) if excess else (0.0,))]
-    widest = {True: min, False: max}
-    return tuple(
-        float(np.mean(column)) if level == 0.5 else widest[level < 0.5](column)
-        for level, column in zip(LEVELS, zip(*read, strict=True), strict=True)
-    )
+        lr, batch = ({span: Curve(**own) for span, own in values[what].items()} for what in ("lr", "batch"))
+        return cls(lr, batch, Interval(**values["diverged"]), values["provenance"])
 
 
 @functools.cache

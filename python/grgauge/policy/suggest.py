@@ -62,5 +62,9 @@ def suggest(
 
 
 def _factor(correction: Correction, largest: float) -> float:
-    wanted = largest if math.isinf(correction.interval[1]) and correction.direction == "raise" else correction.factor
-    return min(max(wanted, 1.0 / largest), largest)
+    low, high = correction.interval
+    if correction.direction == "raise" and math.isinf(high):
+        return largest
+    if correction.direction == "lower" and low == 0.0:
+        return 1.0 / largest
+    return min(max(correction.factor, 1.0 / largest), largest)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from .. import theory
 from ..reading import Reading
 
 WINDOW = (40, 60)
@@ -32,23 +33,55 @@ class Summary:
 
     span   of `SPANS`
     first, last   their steps
-    log_gr_t, log_gr_t_error   log10 of GR_T, in units of its finite-time factor, and its standard error; None without
-    gr_s, gr_s_error           of the newest that has one
+    gr_t, gr_t_error       in units of the finite-time factor, and its standard error; None without
+    signal, signal_error   see `signal_of`; nan without GR_T
+    gr_s, gr_s_error       of the newest that has one
     lr     that they were read at, None if unknown
     """
 
     span: str
     first: int
     last: int
-    log_gr_t: float | None
-    log_gr_t_error: float
+    gr_t: float | None
+    gr_t_error: float
+    signal: float
+    signal_error: float
     gr_s: float | None
     gr_s_error: float
     lr: float | None
 
-    @property
-    def gr_t(self) -> float | None:
-        return None if self.log_gr_t is None else float(10.0**self.log_gr_t)
+
+def signal_of(reading: Reading, count: float = 1.0) -> tuple[float, float]:
+    """log10 of the GR_T that the true gradients would have without noise, and its standard error.
+
+    Noise pulls GR_T towards 19, so that a learning rate that is far too low reads 1 only where there is little. GR_S
+    says how much there is: of the squared norm of the gradient it has the share n = (B GR_S - 1) / (B - 1). Of 1 / GR_T
+    it gives n / 19, and the rest is the true gradients' (`theory.steady_signal`). From 19 on GR_T is taken as it is.
+    Where the share is near 1 the rest is a small difference, and the standard error says so; without GR_S the share is
+    anything from 0 to 1.
+
+    count  independent readings that GR_T is the median of, in effect
+    """
+    assert reading.gr_t is not None
+    x, error = math.log10(reading.gr_t), (reading.gr_t_error or 0.0) / reading.gr_t / math.log(10.0) / math.sqrt(count)
+    white = math.log10(theory.uncorrelated() * reading.finite_time_factor)
+
+    def signal(x: float, noise: float) -> float:
+        if x >= white:
+            return x - white + math.log10(theory.uncorrelated())
+        rest = (10.0**-x - noise * 10.0**-white) / (1.0 - noise) if noise < 1.0 else 1.0
+        return max(-math.log10(rest), 0.0)
+
+    size = reading.batch_size
+    if reading.gr_s is None or size <= 1:
+        share, unsure = 0.5, 0.5
+    else:
+        share = (size * reading.gr_s - 1.0) / (size - 1.0)
+        unsure = size * (reading.gr_s_error or 0.0) / (size - 1.0)
+    low, middle, high = (min(max(share + by, 0.0), 1.0) for by in (-unsure, 0.0, unsure))
+    by_error = signal(x + error, middle) - signal(x - error, middle)
+    by_noise = signal(x, low) - signal(x, high)
+    return signal(x, middle), math.hypot(by_error, by_noise) / 2.0
 
 
 class Watch:
@@ -134,20 +167,21 @@ class Watch:
 
 
 def _summary(span: str, chosen: Sequence[tuple[Reading, float | None]]) -> Summary:
-    temporal = [
-        (math.log10(r.gr_t / r.finite_time_factor), (r.gr_t_error or 0.0) / r.gr_t / math.log(10.0))
-        for r, _ in chosen
-        if r.gr_t is not None and r.gr_t > 0.0 and r.finite_time_factor > 0.0
-    ]
+    temporal = [r for r, _ in chosen if r.gr_t is not None and r.gr_t > 0.0 and r.finite_time_factor > 0.0]
     spatial = [(r.gr_s, r.gr_s_error or 0.0) for r, _ in chosen if r.gr_s is not None]
     gr_s, gr_s_error = spatial[-1] if spatial else (None, 0.0)
+    # readings that many steps apart are independent (`Temporal.read`); GR_S is smoothed already
+    count = 1.0 + (chosen[-1][0].step - chosen[0][0].step) / theory.uncorrelated()
+    signal = [signal_of(r, count) for r in temporal] or [(math.nan, math.nan)]
     lrs = [lr for _, lr in chosen if lr is not None]
     return Summary(
         span=span,
         first=chosen[0][0].step,
         last=chosen[-1][0].step,
-        log_gr_t=median(value for value, _ in temporal) if temporal else None,
-        log_gr_t_error=median(error for _, error in temporal) if temporal else 0.0,
+        gr_t=median((r.gr_t or 0.0) / r.finite_time_factor for r in temporal) if temporal else None,
+        gr_t_error=median((r.gr_t_error or 0.0) / r.finite_time_factor for r in temporal) if temporal else 0.0,
+        signal=median(value for value, _ in signal),
+        signal_error=median(error for _, error in signal),
         gr_s=gr_s,
         gr_s_error=gr_s_error,
         lr=median(lrs) if lrs else None,

@@ -45,7 +45,7 @@ class Loop:
     config       what the next step runs at
     samples      that the weights at hand have been trained on
     steps        updates that they have had
-    loss         of the last step, the mean over its batch; nan before the first
+    observed     losses of the steps that the policy was last told of
     reading      the newest one, None before the first
     micro_batch  samples that one backward pass on one rank may take; None: all of its part of the batch. More than that
                  are accumulated
@@ -65,6 +65,7 @@ class Loop:
     _set: tuple[float, float] | None  # learning rate before the newest change, and after
     _late: Reading | None  # of a saved state, and not yet observed: an attached gauge's reading comes one step late
     _stale: Reading | None  # of the configuration before
+    _unseen: list[Tensor]  # losses of steps that the policy was not told of yet, where they are
     _average: AveragedModel | None  # None of a sharded model, which cannot be copied
     _tried: float | None  # loss so far of a batch on which weights are tried: while it is set nothing is updated
     _begun: bytes | None  # the state that a probe began with, while it goes on
@@ -93,7 +94,8 @@ class Loop:
         policy.batch_multiple = multiple
         self.config, self.policy, self.micro_batch = config, policy, micro_batch
         self.seed, self.decay = seed, decay
-        self.samples, self.steps, self.loss = 0, 0, math.nan
+        self.samples, self.steps, self._loss = 0, 0, math.nan
+        self.observed: list[float] = []
         self.reading: Reading | None = None
         self.model: nn.Module | None = None
         self._every = every
@@ -107,6 +109,7 @@ class Loop:
         self._late = self._stale = self._sum = self._kept = None
         self._lr_factor, self._unsettled = 1.0, False
         self._average = self._tried = self._begun = None
+        self._unseen = []
 
     # --- what is trained ----------------------------------------------------------------------------------------------
 
@@ -330,12 +333,20 @@ class Loop:
         self._optimizer.step()
         self._clear()
         self.updating = False
-        self.loss, self._device, self._sum, self._kept = self.world.mean(self._sum), self._sum.device, None, None
+        self._device = self._sum.device
+        alone = self.world.size == 1
+        self._unseen.append(self._sum if alone else torch.tensor(self.world.mean(self._sum), dtype=torch.float64))
+        self._sum = self._kept = None
         self.samples, self.steps = self.samples + self.config.batch_size, self.steps + 1
         if self._average is not None and (self.steps == 1 or self.steps % self._every == 0):
             self._average.update_parameters(self.module)
         self._unsettled = True
         return True
+
+    @property
+    def loss(self) -> float:
+        """Of the last step, the mean over its batch, which is waited for; nan before the first."""
+        return self._unseen[-1].item() if self._unseen else self._loss
 
     def settle(self, after: Callable[[], Probe | None]) -> Probe | None:
         """What follows the newest step, unless it has been done: also where the user's loop was left by `break`."""
@@ -406,19 +417,36 @@ class Loop:
         """What rank 0's policy decides, and the reading if it is a new one. To go on is None, unless `due` on rank 0 or
         an equivalent trial was not run.
 
+        Losses on a device are waited for where there is a new reading, or `due`: the policy is then told of each, in
+        order. So it hears of losses that are not finite up to `every` steps late, and that many more steps are given
+        up. Those on the host are told of after each step, and so are several ranks', which agree after each step.
+
         One decides for all: a rank that stopped alone would leave the others waiting for its gradients.
         """
         newest = self._newest
         fresh = newest if newest is not self.reading else None
         self.reading = newest or self.reading
+        self.observed = []
+        if self._deferred and fresh is None and not due:
+            return None, None
+        self.observed = torch.stack(self._unseen).tolist()
+        self._loss, self._unseen = self.observed[-1], []
         decision: Decision | None = None
         if self.world.rank == 0:
-            decision = self.policy.observe(
-                newest, self.config, loss=self.loss, samples=self.samples, lr_factor=self._lr_factor
-            )
+            for i, loss in enumerate(self.observed, 1 - len(self.observed)):
+                decision = self.policy.observe(
+                    None if i else newest, self.config, loss=loss, samples=self.samples, lr_factor=self._lr_factor
+                )
+                if not isinstance(decision, Continue):
+                    break
             if isinstance(decision, Continue) and not due and not decision.notable:
                 decision = None
         return self.world.broadcast_if_any(decision, self._device), fresh
+
+    @property
+    def _deferred(self) -> bool:
+        """Reading a loss would wait for the device."""
+        return not self._unseen[-1].is_cpu
 
     def configure(self, config: Config) -> None:
         """Run at another configuration from the next step on."""
@@ -470,6 +498,7 @@ class Loop:
         self.gauge.load_state_dict(state["gauge"])
         self._late = None if state["late"] is None else Reading(**state["late"])
         self.config = Config(**state["config"])
-        self.samples, self.steps, self.loss = state["samples"], state["steps"], state["loss"]
+        self.samples, self.steps, self._loss = state["samples"], state["steps"], state["loss"]
+        self._unseen = []
         if state["random"] is not None:  # else of another number of ranks
             states.set_random_state(state["random"])

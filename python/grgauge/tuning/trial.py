@@ -161,8 +161,6 @@ class Trial(View):
             if self.probing:  # no curve of losses: half of these weights are given up
                 self.record.samples += self.batch_size
                 self._on_step(self)
-            else:
-                self.record.add(self.loss, self.batch_size)
         return stepped
 
     def run(self, train: Callable[[Trial], Any]) -> Any:
@@ -233,6 +231,8 @@ class Trial(View):
         now = time.monotonic()
         spent = self._over()
         decision, fresh = loop.observe(due=spent or now - self._saved_at >= self._checkpoint_every)
+        for loss in loop.observed:
+            self.record.add(loss, self.batch_size)
         if fresh is not None:
             self.record.read(fresh)
         self.record.seconds += now - self._clock

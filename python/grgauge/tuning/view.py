@@ -42,7 +42,7 @@ class View:
 
     @property
     def loss(self) -> float:
-        """Of the last step, the mean over its batch; nan before the first."""
+        """Of the last step, the mean over its batch; nan before the first. On a device it is waited for."""
         return self._loop.loss
 
     @property
