@@ -43,7 +43,7 @@ import pandas as pd
 
 from grgauge import Reading, theory
 from grgauge.policy.advice import advice_of
-from grgauge.policy.calibration import LEVEL, Calibration, Curve, Interval, calibration
+from grgauge.policy.calibration import LEVELS, Calibration, Curve, Interval, calibration
 from grgauge.policy.watch import SPANS, Summary, Watch
 
 from .table import BATCHES, LRS, SEEDS, load
@@ -221,7 +221,7 @@ def fit(rows: Sequence[Row], diverged: Sequence[Row]) -> Calibration:
     means = [np.mean(own) for own in away]
     deviation = math.hypot(math.sqrt(np.mean([np.var(own) for own in away])), between(means))
     exploded = NormalDist(float(np.mean(means)), deviation)
-    return Calibration(lr, batch, Interval(*(round(exploded.inv_cdf(p), 3) for p in (LEVEL, 0.5, 1.0 - LEVEL))), {})
+    return Calibration(lr, batch, Interval(*(round(exploded.inv_cdf(level), 3) for level in LEVELS)), {})
 
 
 def judged(table: Mapping[str, pd.DataFrame], known: Calibration) -> list[Row]:

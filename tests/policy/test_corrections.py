@@ -14,7 +14,12 @@ from grgauge.policy.calibration import Calibration, Curve, Interval
 from grgauge.policy.watch import SPANS, Watch, signal_of
 
 READING = Reading(50, 32, 20.0, 4.0, 1.0, 0.58, 0.05, 30.0, 1.0, 1.0, 0, True)
-RAISE, KEEP, UNKNOWN = Interval(0.1, 0.4, 0.9), Interval(-0.4, 0.1, 0.4), Interval(-1.0, 0.2, 1.2)
+RAISE, KEEP, UNKNOWN = (
+    Interval(-0.3, 0.1, 0.4, 0.7, 0.9),
+    Interval(-0.4, -0.1, 0.1, 0.3, 0.4),
+    Interval(-1.0, -0.4, 0.2, 0.8, 1.2),
+)
+LOWER = Interval(-0.9, -0.7, -0.4, -0.1, 0.3)
 
 
 class Fixed(Curve):
@@ -43,16 +48,16 @@ def advised(steps, intervals, **changes):
     ("interval", "direction", "factor"),
     [
         (RAISE, "raise", 10.0**0.4),
-        (Interval(-0.01, 0.4, 0.9), "unknown", 1.0),  # it has 1 inside
-        (Interval(-0.9, -0.4, -0.1), "lower", 10.0**-0.4),
-        (Interval(-0.9, -0.4, 0.01), "unknown", 1.0),
+        (replace(RAISE, least=-0.01), "unknown", 1.0),  # more than one such run in five needs a lower one
+        (LOWER, "lower", 10.0**-0.4),
+        (replace(LOWER, most=0.01), "unknown", 1.0),
         (KEEP, "keep", 1.0),  # all of it within three times
-        (Interval(-0.48, 0.0, 0.4), "unknown", 1.0),
-        (Interval(-0.4, 0.0, 0.48), "unknown", 1.0),
-        (Interval(0.1, 2.0, math.inf), "raise", 3.0),  # nobody knows how far: one step
-        (Interval(0.1, 0.2, math.inf), "raise", 10.0**0.2),
-        (Interval(-math.inf, -2.0, -0.1), "lower", 1.0 / 3.0),
-        (Interval(-math.inf, 0.0, math.inf), "unknown", 1.0),
+        (replace(KEEP, low=-0.48), "unknown", 1.0),
+        (replace(KEEP, high=0.48), "unknown", 1.0),
+        (replace(RAISE, middle=2.0, high=math.inf), "raise", 3.0),  # nobody knows how far: one step
+        (replace(RAISE, middle=0.2, high=math.inf), "raise", 10.0**0.2),
+        (replace(LOWER, low=-math.inf, middle=-2.0), "lower", 1.0 / 3.0),
+        (Interval(-math.inf, -math.inf, 0.0, math.inf, math.inf), "unknown", 1.0),
     ],
 )
 def test_direction_factor_and_interval(interval, direction, factor):
@@ -78,11 +83,20 @@ def test_words(correction, words):
     assert correction.describe("LR") == words
 
 
+def test_a_direction_of_the_batch_takes_the_whole_interval():
+    """At one GR_S families are on either side of their best batch."""
+    watch = Watch()
+    watch.observe(READING)
+    for interval, direction in ((RAISE, "unknown"), (replace(RAISE, low=0.05), "raise"), (LOWER, "unknown")):
+        known = Calibration(dict.fromkeys(SPANS, Fixed(KEEP)), dict.fromkeys(SPANS, Fixed(interval)), UNKNOWN, {})
+        assert advice_of(watch, known=known).batch.direction == direction
+
+
 def test_a_late_reading_counts_only_where_the_window_knows_no_direction():
     spans = {"early": UNKNOWN, "window": UNKNOWN, "late": RAISE}
     assert advised([50], spans).direction == "unknown"
     assert advised([50, 200], spans).direction == "raise"
-    assert advised([50, 200], {**spans, "window": Interval(-0.9, -0.4, -0.1)}).direction == "lower"
+    assert advised([50, 200], {**spans, "window": LOWER}).direction == "lower"
     kept = advised([50, 200], {**spans, "window": KEEP})
     assert (kept.direction, kept.why) == ("keep", "GR_T 20 ± 4 at step 50")
 
@@ -99,6 +113,7 @@ def test_without_scatter_the_interval_is_where_the_curve_reads_within_the_error(
         found = curve.read(0.5, 0.3)
         assert found.middle == pytest.approx(middle)
         assert (found.low, found.high) == pytest.approx((middle - 1.645 * 0.3, middle + 1.645 * 0.3), abs=0.02)
+        assert (found.least, found.most) == pytest.approx((middle - 0.842 * 0.3, middle + 0.842 * 0.3), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,7 @@ def test_where_the_curve_is_level_the_distance_has_no_end():
     assert low.high == math.inf
     assert 0.8 <= low.low <= 1.0
     assert curve.read(2.0, 0.0).low == -math.inf
-    assert curve.read(1.0, 3.0) == Interval(-math.inf, pytest.approx(0.0), math.inf)
+    assert curve.read(1.0, 3.0) == Interval(-math.inf, -math.inf, pytest.approx(0.0), math.inf, math.inf)
 
 
 def test_a_reading_beyond_all_of_the_curve_rules_no_distance_out_by_itself():

@@ -101,8 +101,8 @@ def test_a_real_batch_far_too_large_is_left_after_five_steps(run):
 
 
 def test_advice_on_models_that_it_was_not_fitted_on():
-    """At step 60: no wrong direction where the best rate is three times away or more, one in half of these cases, and
-    nine intervals of ten hold."""
+    """At step 60: no wrong direction where the best rate is three times away or more, one in three of four such cases,
+    and nine intervals of ten hold."""
     said, held = [], []
     for run in RECORDED:
         advice, away = advise(readings(run, 12)).lr, run["best_lr"] / run["lr"]
@@ -110,5 +110,5 @@ def test_advice_on_models_that_it_was_not_fitted_on():
         if max(away, 1.0 / away) >= 2.99:
             assert advice.direction in ("unknown", "raise" if away > 1.0 else "lower")
             said.append(advice.direction != "unknown")
-    assert (sum(said), len(said)) == (26, 48)
-    assert sum(held) / len(held) == pytest.approx(0.946, abs=0.001)
+    assert (sum(said), len(said)) == (36, 48)
+    assert sum(held) / len(held) == pytest.approx(0.929, abs=0.001)

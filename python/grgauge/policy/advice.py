@@ -27,7 +27,7 @@ class Correction:
 
     Attributes:
         direction: "raise", "lower", "keep", or "unknown" where the gauges cannot tell.
-        factor: what to multiply by; 1 for "keep" and "unknown", 3 times at most where an end is not known.
+        factor: what to multiply by; 1 for "keep" and "unknown", 3 times at most where nobody knows how far it is.
         interval: a 90 % interval of the factor that leads to the best value, for a family of models that was not
             recorded; 0 or inf where an end is not known.
         why: in words.
@@ -196,19 +196,21 @@ def _batch(watch: Watch, target: Target, known: Calibration) -> Correction:
     error = summary.gr_s_error
     # GR_S = (1 + mu) / (B + mu): another target asks for another multiple of the noise scale
     ratio = (1.0 / target.gr_s - 1.0) / (1.0 / Target.gr_s - 1.0)
-    interval = known.batch[summary.span].read(summary.gr_s, error).shifted(math.log10(ratio))
+    found = known.batch[summary.span].read(summary.gr_s, error).shifted(math.log10(ratio))
+    # Families contradict each other about the batch: a direction takes the whole interval.
+    interval = replace(found, least=found.low, most=found.high)
     within = f" ± {error:.2f}" if error else ""
     return _correction(interval, f"GR_S {summary.gr_s:.2f}{within} {_when(summary)}")
 
 
 def _correction(found: Interval, why: str) -> Correction:
-    """A direction where the interval has one, "keep" where all of it is near the best."""
+    """A direction where four such runs of five need it, "keep" where all of the interval is near the best."""
     interval = (10.0**found.low, 10.0**found.high)
-    if found.low > 0.0 or found.high < 0.0:
-        factor = 10.0**found.middle
-        if math.isinf(found.low) or math.isinf(found.high):
-            factor = min(max(factor, 1.0 / STEP), STEP)
-        return Correction("raise" if found.low > 0.0 else "lower", factor, interval, why)
+    factor = 10.0**found.middle
+    if found.least > 0.0:
+        return Correction("raise", min(factor, STEP) if math.isinf(found.high) else factor, interval, why)
+    if found.most < 0.0:
+        return Correction("lower", max(factor, 1.0 / STEP) if math.isinf(found.low) else factor, interval, why)
     if found.low >= -NEAR and found.high <= NEAR:
         return Correction("keep", 1.0, interval, why)
     if interval == (0.0, math.inf):

@@ -209,7 +209,7 @@ class Loop:
         if self._begun is not None:  # the loop was left in the middle of a probe
             self.restore(deserialize(self._begun))
             self._begun = self._tried = None
-            self.updating = False
+            self.updating = self._unsettled = False
         self.settle(after)
         while not over():
             yield from self._micro_batches(data)
