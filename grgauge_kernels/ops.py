@@ -422,9 +422,10 @@ def _checked(plan: Plan, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         if stream.checked_for == (plan, dtypes):  # a stream that is kept from step to step
             continue
         placed = not stream or (stream[0].dtype in dtypes and stream[0].device == plan.rows.device)
-        if not (placed and stream.in_order and stream.sizes == plan.stream_sizes):
+        if placed and stream.in_order and stream.sizes == plan.stream_sizes:
+            stream.checked_for = plan, dtypes
+        else:  # if it is only not row-major, its strides have to be compared with the gradients' every time
             _explain_all(plan, streams)
-        stream.checked_for = plan, dtypes
     return list(checked)
 
 

@@ -253,12 +253,14 @@ def left_alone(regrets: pd.DataFrame) -> list[str]:
         "|---" * (len(COMPARED) + 2) + "|",
     ]
     at = regrets.pivot_table("regret", ["family", "weights", "tuner", "start"], "budget").ffill(axis=1)
-    names = set(at.index.get_level_values("tuner"))
     for (family, weights), part in at.groupby(level=["family", "weights"]):
         own = part.droplevel(["family", "weights"])
-        noise = 2.0 * own.loc[ALONE].std() if ALONE in own.index else None
+        tuners = set(own.index.get_level_values("tuner"))
+        if ALONE not in tuners:
+            continue
+        noise = 2.0 * own.loc[ALONE].std()
         for kind in ("", ", blind starts"):
-            if noise is None or not {f"{OURS}{kind}", f"{ALONE}{kind}"} <= names & set(own.index.get_level_values(0)):
+            if not {f"{OURS}{kind}", f"{ALONE}{kind}"} <= tuners:
                 continue
             apart = (own.loc[f"{OURS}{kind}"] - own.loc[f"{ALONE}{kind}"]).dropna(how="all")
             cells = [

@@ -92,3 +92,14 @@ def test_a_device_that_dlpack_does_not_know(lookup: str) -> None:
     seen = gk.Stream([torch.zeros(3, 2, device="meta")])
     assert (list(seen.addresses), list(seen.sizes), seen.in_order) == ([0], [6], True)
     assert seen.stands()
+
+
+def test_a_kept_stream_that_is_not_row_major_is_compared_with_the_gradients_of_each_call():
+    """Kernels go through memory in order: other strides would update other elements."""
+    params, exp_avgs, exp_avg_sqs = (gk.Stream([torch.zeros(3, 2).t()]) for _ in range(3))
+    plan = gk.Bucket(params).plan()
+    options = {"step": 1, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    for _ in range(2):
+        gk.adamw_(params, [torch.ones(3, 2).t()], exp_avgs, exp_avg_sqs, plan, **options)
+        with pytest.raises(ValueError, match=r"has strides .*; they must be equal"):
+            gk.adamw_(params, [torch.ones(2, 3)], exp_avgs, exp_avg_sqs, plan, **options)

@@ -146,7 +146,8 @@ def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Seque
         difference, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
     margin = error + RULES.probe_better * abs(level)
     evidence = Evidence("probe", s.course.step, "loss", level + difference, (level - margin, level + margin))
-    s.probed, down, old = None, other.lr < s.course.now.lr, s.course.now
+    old, s.probed = s.course.now, None
+    down = other.lr < old.lr
     if difference < -margin:
         s.next_probe = s.course.samples
         if down:
@@ -154,8 +155,8 @@ def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Seque
         which = "lower" if down else "higher"
         return moves.to(other.lr, other.batch_size, f"a {which} learning rate has a lower loss", evidence)
     s.probe_down = not down
-    if not down and not difference <= RULES.probe_edge * abs(level):
+    if not (down or difference <= RULES.probe_edge * abs(level)):
         s.next_probe = s.course.samples  # so near the edge that the present one may be beyond it
-    if not down and not difference <= abs(level):
+    if not (down or difference <= abs(level)):
         moves.cap(RULES.failed * other.lr)
     return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)
