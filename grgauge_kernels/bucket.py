@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .backends import Repeated
 from .sampling import BLOCK, Choice, choose, joined, kept_blocks, most_certain
 
 CHUNK = 4096
@@ -50,6 +51,7 @@ class Plan:
         origins: int64 [segments], where each segment begins in the one flat buffer; None if offsets count from
             segments. Random bits are drawn by offset less origin; of a segment that is a shard, minus the number of
             elements before it gives each shard bits of its own.
+        repeated: The newest update of kept streams, of which another need not be checked again; None before one.
     """
 
     def __init__(self, bucket: Bucket, rows: npt.NDArray[np.int64], choice: Choice | None = None) -> None:
@@ -70,6 +72,7 @@ class Plan:
         self.rows = torch.from_numpy(rows).to(bucket.device)
         places = torch.tensor(self.bucket.offsets, dtype=torch.int64)
         self.origins = places.to(bucket.device) if bucket.flat else None
+        self.repeated: Repeated | None = None
         self.stream_sizes = array("Q", [bucket.whole] if bucket.flat else self.bucket.sizes)
 
     def packed(self, state: Tensor) -> list[Tensor]:

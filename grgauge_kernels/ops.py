@@ -27,7 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends import Update, cpu, cuda, reference, triton
+from .backends import Repeated, Update, cpu, cuda, reference, triton
 from .bucket import DTYPES, Plan, require_dense
 from .stream import Stream
 
@@ -311,6 +311,13 @@ def prepare_adamw_(
     For a step over several buckets, which must not stop halfway because the last one is refused or out of memory. A
     `step` tensor may still be incremented before the call. Arguments and errors are those of `adamw_`.
     """
+    options = betas, eps, weight_decay, beta, zero_grad, maximize, sums, seed, stochastic_rounding, backend
+    fixed = params, exp_avgs, exp_avg_sqs, step, ema, previous, inv_scale, found_inf, clip
+    traced = _traced()
+    if isinstance(lr, float) and not traced and plan.repeated is not None and plan.repeated.is_of(fixed, options):
+        (grads,) = _checked(plan, grads=grads)
+        if grads.in_order:  # type: ignore[attr-defined]  # it is a Stream
+            return _prepared(functools.partial(plan.repeated.prepare, grads, lr), plan.repeated.update, grads)
     grads, params, exp_avgs, exp_avg_sqs = _checked(
         plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
     )
@@ -373,13 +380,30 @@ def prepare_adamw_(
         stochastic_rounding,
         plan.origins if stochastic_rounding or moment == torch.bfloat16 else None,
     )
-    if _traced():
+    if traced:
         return functools.partial(_dispatched, update)
+    chosen = _backend(backend, plan.rows.device)
+    if chosen is cpu and isinstance(lr, float) and _can_be_kept(*fixed):
+        plan.repeated = Repeated(fixed, step.data_ptr(), options, update._replace(grads=()), cpu.repeatable(update))
+        return _prepared(functools.partial(plan.repeated.prepare, grads, lr), update, grads)
+    return _prepared(functools.partial(chosen.prepare_adamw_, update), update, grads)
+
+
+def _prepared(
+    prepare: Callable[[], Callable[[], Tensor]], update: Update, grads: Sequence[Tensor]
+) -> Callable[[], Tensor]:
+    """The call that changes something, once all memory for it is allocated."""
     try:
-        run = _backend(backend, plan.rows.device).prepare_adamw_(update)
+        return functools.partial(_run, prepare(), update, grads)
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"adamw_: {error}") from error
-    return functools.partial(_run, run, update)
+
+
+def _can_be_kept(params: object, exp_avgs: object, exp_avg_sqs: object, step: object, *others: Tensor | None) -> bool:
+    """True if only gradients and learning rate of an update may have changed as long as these are the same objects."""
+    streams = params, exp_avgs, exp_avg_sqs
+    plain = all(isinstance(stream, Stream) and stream.in_order for stream in streams)
+    return plain and isinstance(step, Tensor) and all(other is None for other in others)
 
 
 @torch.no_grad()
@@ -388,8 +412,8 @@ def _dispatched(update: Update) -> Tensor:
     return stats
 
 
-def _run(run: Callable[[], Tensor], update: Update) -> Tensor:
-    """Holds `update`, and with it the tensors, until the kernel is launched: kernels get addresses only."""
+def _run(run: Callable[[], Tensor], update: Update, grads: Sequence[Tensor]) -> Tensor:
+    """Holds `update` and `grads`, and with them the tensors, until the kernel is launched: it gets addresses only."""
     try:
         stats = run()
     except torch.OutOfMemoryError as error:

@@ -8,7 +8,8 @@ when a step over several buckets runs out of memory, nothing has been changed ye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,3 +54,22 @@ class Update(NamedTuple):
     def bfloat16_moments(self) -> bool:
         """True if the moments are stored in bfloat16, and therefore rounded stochastically."""
         return self.exp_avgs[0].dtype == torch.bfloat16
+
+
+class Repeated(NamedTuple):
+    """A checked update, to be repeated with other gradients and another learning rate.
+
+    tensors, step, numbers   what it was given: objects, the address of the step counts, and values
+    update   without gradients; it holds the tensors, of which `prepare` has addresses only
+    """
+
+    tensors: tuple[object, ...]
+    step: int
+    numbers: tuple[object, ...]
+    update: Update
+    prepare: Callable[[Sequence[Tensor], float], Callable[[], Tensor]]
+
+    def is_of(self, tensors: tuple[object, ...], numbers: tuple[object, ...]) -> bool:
+        """True if these are the same objects, where they were, and equal numbers."""
+        same = all(map(operator.is_, tensors, self.tensors)) and numbers == self.numbers
+        return same and self.update.step.data_ptr() == self.step

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,15 +58,30 @@ def measure_(
 
 
 def prepare_adamw_(u: Update) -> Callable[[], Tensor]:
-    stats = torch.empty(u.segments, 6, dtype=torch.float64) if u.sums else _NO_SUMS
-    task = native.Pass(u.grads, u.rows, u.segments, stats if u.sums else None, u.ema, u.previous, u.beta, u.inv_scale)
-    task.update(u, u.step, u.lr if u.lr_tensor is None else float(u.lr_tensor))
-    tables = [addresses_of(tensors) for tensors in (u.grads, u.params, u.exp_avgs, u.exp_avg_sqs)]
-    task.grads, task.params, task.exp_avgs, task.exp_avg_sqs = [table.buffer_info()[0] for table in tables]
-    return functools.partial(_update, task, stats, tables)
+    return repeatable(u)(u.grads, u.lr if u.lr_tensor is None else float(u.lr_tensor))
 
 
-def _update(task: native.Pass, stats: Tensor, tables: list[array[int]]) -> Tensor:
+def repeatable(u: Update) -> Callable[[Sequence[Tensor], float], Callable[[], Tensor]]:
+    """`prepare_adamw_` of the same update with other gradients, and another number as learning rate."""
+    same = native.Pass(u.grads, u.rows, u.segments, None, u.ema, u.previous, u.beta, u.inv_scale)
+    same.update(u, u.step, 0.0)
+    kept = [addresses_of(tensors) for tensors in (u.params, u.exp_avgs, u.exp_avg_sqs)]
+    same.params, same.exp_avgs, same.exp_avg_sqs = [table.buffer_info()[0] for table in kept]
+    segments, sums = u.segments, u.sums
+
+    def prepare(grads: Sequence[Tensor], lr: float) -> Callable[[], Tensor]:
+        task = native.Pass.from_buffer_copy(same)
+        table, stats = addresses_of(grads), _NO_SUMS
+        task.grads, task.grad_dtype, task.lr = table.buffer_info()[0], native.DTYPES[grads[0].dtype], lr
+        if sums:
+            stats = torch.empty(segments, 6, dtype=torch.float64)
+            task.stats = stats.data_ptr()
+        return functools.partial(_update, task, stats, (table, kept))
+
+    return prepare
+
+
+def _update(task: native.Pass, stats: Tensor, tables: object) -> Tensor:
     """The tables have to live as long as the task, which points into them."""
     _run("adamw_", task)
     return stats

@@ -22,6 +22,9 @@ GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
 UNFOLDED = 100
 """Passes after which the per-segment table processes them even if nobody has asked for it."""
 
+FEW = 32
+"""Numbers up to which Python computes them faster than numpy, to the same bits."""
+
 
 class Ages:
     """Number of updates that each segment's m has had: float64 [segments], all buckets together."""
@@ -75,6 +78,12 @@ class Rows:
         one = self.sums.shape[1] == 1
         self.totals = (self.sums[:, 0] if one else np.add.reduce(self.sums, axis=1)).tolist()
         self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
+
+    @property
+    def grad_sq(self) -> Array:
+        """Sum g^2 of each segment in the passes that count: float64 [passes, segments]."""
+        every = self.sums[:, :, GRAD_SQ]
+        return every if len(self.taken) == len(every) else every[self.taken]
 
 
 def _joined(part: npt.NDArray[Any], plan: gk.Plan, how: np.ufunc) -> npt.NDArray[Any]:
@@ -253,11 +262,20 @@ class Table:
 
 def _advanced(steps: Array, grad_sq: Array, recent: Sequence[Rows], beta: float) -> tuple[Array, Array]:
     """`steps` and uncorrected V of each segment after more steps that all segments took part in."""
-    for rows in recent:
-        steps = steps + len(rows.taken)
-        for now in (1 - beta) * rows.sums[rows.taken][:, :, GRAD_SQ]:
-            grad_sq = beta * grad_sq + now
-    return steps, grad_sq
+    if not recent:
+        return steps, grad_sq
+    passes = np.concatenate([rows.grad_sq for rows in recent])
+    passes *= 1 - beta
+    # One pass after the other, so that the bits do not depend on how many come at once.
+    if len(grad_sq) <= FEW:
+        columns = zip(passes.T.tolist(), grad_sq.tolist(), strict=True)
+        grad_sq = np.array([functools.reduce(lambda v, now: beta * v + now, column, v) for column, v in columns])
+    else:
+        grad_sq = grad_sq.copy()
+        for now in passes:
+            grad_sq *= beta
+            grad_sq += now
+    return steps + len(passes), grad_sq
 
 
 def _corrected(grad_sq: Array, steps: Array, beta: float) -> Array:

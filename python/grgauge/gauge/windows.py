@@ -205,9 +205,11 @@ class Windows:
 
 def _lr_on_host(optimizer: torch.optim.Optimizer) -> float | None:
     """Of all groups; None where one has none, or has it on a device, which would have to be waited for."""
-    lrs = [group.get("lr") for group in optimizer.param_groups]
-    waits = any(lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") for lr in lrs)
-    return None if waits else highest_lr(optimizer)
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if lr is None or (isinstance(lr, Tensor) and not lr.is_cpu):
+            return None
+    return highest_lr(optimizer)
 
 
 def _whole(bucket: BucketSums, stats: Tensor) -> Tensor:
