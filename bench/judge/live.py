@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import grgauge
 from grgauge import Result, TrainingError, Trial, tune
+from grgauge.tuning.tuner import START
 
 from .protocol import Curve
 from .table import BATCHES, BOUNDS, CHECKS, Config
@@ -27,7 +28,7 @@ LIMIT = 4.0
 """Static runs that a live tuner may spend."""
 BATCH = BATCHES[2]
 """Of optimizers that set their own learning rate and no batch."""
-DEFAULT = Config(1e-3, 32)
+DEFAULT = Config(BOUNDS["lr"][0] * (BOUNDS["lr"][1] / BOUNDS["lr"][0]) ** START["lr"], 16)
 """Where `tune` begins in these bounds if it is not told."""
 
 

@@ -39,8 +39,8 @@ def test_after_a_higher_one_that_is_a_little_worse_the_next_probe_goes_down_afte
     policy = Policy()
     _, step = hidden(policy, 5, 105)
     assert isinstance(policy.judge(((1.0, 1.0), (1.1, 1.1))), Continue)
-    assert hidden(policy, step + 5, 2 * step) is None
-    probe, _ = hidden(policy, 2 * step, 4 * step)
+    assert hidden(policy, step + 5, 8 * step) is None
+    probe, _ = hidden(policy, 8 * step, 10 * step)
     assert factor(probe) == pytest.approx(DOWN)
 
 
@@ -59,7 +59,8 @@ def test_after_both_are_refused_the_next_probe_goes_up_again():
     policy.judge(((1.0, 1.0), (1.3, 1.3)))
     _, step = hidden(policy, step + 5, step + 30)
     assert isinstance(policy.judge(((1.0, 1.0), (1.0, 1.0))), Continue)
-    probe, _ = hidden(policy, step + 5, 5 * step)
+    assert hidden(policy, step + 5, 8 * step) is None
+    probe, _ = hidden(policy, 8 * step, 10 * step)
     assert factor(probe) == pytest.approx(UP)
 
 
@@ -85,19 +86,51 @@ def test_nothing_is_probed_below_the_lowest_learning_rate():
     assert hidden(policy, step + 5, 3 * step) is None
 
 
-def low(batch, losses):
-    """Readings of a GR_T far below its zone: the step of the first move up, None if there is none."""
-    policy = Policy()
+def low(batch, losses, gr_t=2.0, error=0.1, **settings):
+    """Readings of a GR_T below its zone: the step of the first decision to do something, and that; None if there is
+    none."""
+    policy = Policy(**settings)
     for i, loss in enumerate(losses):
-        reading = replace(READING, step=5 * i + 5, gr_t=2.0, gr_t_error=0.1)
-        if isinstance(policy.observe(reading, replace(CONFIG, batch_size=batch), loss=loss), Retune):
-            return reading.step
+        reading = replace(READING, step=5 * i + 5, gr_t=gr_t, gr_t_error=error)
+        decision = policy.observe(reading, replace(CONFIG, batch_size=batch), loss=loss)
+        if not isinstance(decision, Continue):
+            return reading.step, decision
     return None
+
+
+STANDING, FALLING = [2.0] * 20, [2.0 - 0.05 * i for i in range(20)]
 
 
 def test_a_low_gr_t_raises_the_learning_rate_early_only_while_nothing_is_learned():
     """The first gradients of a good run agree as well: of its bias, of what all samples have in common."""
-    standing, falling = [2.0] * 20, [2.0 - 0.05 * i for i in range(20)]
-    assert low(32, standing) <= 20
-    assert low(32, falling) >= 50
-    assert low(128, falling) <= 20  # where waiting is dear
+    assert low(32, STANDING, lr_bounds=(1e-4, 1e2))[0] <= 20
+    assert low(32, FALLING)[0] >= 50
+    assert low(128, FALLING)[0] <= 20  # where waiting is dear
+
+
+def test_early_a_small_batch_is_raised_to_the_usual_learning_rate_and_not_beyond():
+    bounds = (CONFIG.lr / 1e4, CONFIG.lr * 1e6)  # 4 decades and a half above the lower one: 2.8 times what it is
+    _, move = low(32, STANDING, lr_bounds=bounds)
+    assert move.config.lr == pytest.approx(CONFIG.lr * 10 ** (-4 + 10 * 4 / 9))
+    step, move = low(32, STANDING, lr_bounds=(CONFIG.lr / 1e4, CONFIG.lr * 1e3))
+    assert step >= 50
+    assert move.config.lr > 2.0 * CONFIG.lr
+
+
+def test_where_gr_t_is_not_clearly_low_a_probe_is_asked_first():
+    step, probe = low(32, FALLING, gr_t=8.0, error=2.5)
+    assert isinstance(probe, Probe)
+    assert probe.evidence.quantity == "GR_T"
+    assert step >= 60
+    assert factor(probe) == pytest.approx(UP)
+    assert isinstance(low(32, FALLING, gr_t=3.0)[1], Retune)
+
+
+def test_an_explosion_leads_back_to_no_more_than_the_usual_learning_rate():
+    high = replace(CONFIG, lr=0.6)
+    policy = Policy(lr_bounds=(1e-5, 1.0))
+    policy.observe(None, high, loss=2.0)
+    decision = policy.observe(replace(READING, step=5), high, loss=200.0)
+    assert isinstance(decision, Retune)
+    assert not decision.reuse
+    assert decision.config.lr == pytest.approx(10 ** (-5 + 5 * 4 / 9))

@@ -47,8 +47,8 @@ def test_raises(fails, regression):
                 raise KeyError("label")
             trial.step(F.mse_loss(model(x)[:, 0], y))
 
-    trial = fails(train, r"raised KeyError in trial 0 \(lr 1.00e-03, batch 32\): 'label'")
-    assert trial.user_attrs["samples"] == 96
+    trial = fails(train, r"raised KeyError in trial 0 \(lr 1.67e-03, batch 16\): 'label'")
+    assert trial.user_attrs["samples"] == 48
     assert trial.user_attrs["losses"]
 
 
@@ -76,9 +76,9 @@ def test_returns_early(fails, regression):
                 break
 
     trial = fails(
-        train, "returned early, after 128 of 1024 samples: let the loop over trial.batches.. run until it ends"
+        train, "returned early, after 64 of 1024 samples: let the loop over trial.batches.. run until it ends"
     )
-    assert trial.user_attrs["samples"] == 128
+    assert trial.user_attrs["samples"] == 64
 
 
 def test_returns_without_watching(fails):
@@ -127,7 +127,7 @@ def test_ignores_the_batch_size_in_its_loader_function(fails, regression):
         for x, y in trial.batches(lambda batch_size: DataLoader(regression, 24)):
             trial.step(F.mse_loss(model(x)[:, 0], y))
 
-    fails(train, "asked for 16 samples, they gave 24")
+    fails(train, "asked for 8 samples, they gave 24")
 
 
 def test_never_steps(fails, regression):

@@ -26,8 +26,8 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
         return None
     s.away += 1
     most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
-    wanted = min(max(wanted, old.batch_size / limits.max_batch_factor**2), old.batch_size * most)
-    batch = limits.fit(old, old.lr, wanted).batch_size
+    least = max(old.batch_size / limits.max_batch_factor**2, min(old.batch_size, RULES.least_lowered_to))
+    batch = limits.fit(old, old.lr, min(max(wanted, least), old.batch_size * most)).batch_size
     ratio = batch / old.batch_size
     needed, checks = (RULES.found_batch_change, RULES.found_checks) if s.found else (RULES.batch_change, 1)
     if max(ratio, 1.0 / ratio) < needed or s.away < checks:
@@ -70,20 +70,27 @@ def _wanted_batch(moves: Moves, reading: Reading, gr_s: float, interval: tuple[f
 def probe(moves: Moves, reading: Reading) -> Decision | None:
     """Noise hides the learning rate from GR_T, at any value: another one is tried beside the present one. Up first, and
     down where that has failed."""
+    s = moves.state
+    if (_finite(reading.gr_s) or 0.0) <= RULES.probe_gr_s or _decaying(s):
+        return None
+    evidence = Evidence("probe", s.course.step, "GR_S", reading.gr_s)
+    return _asked(moves, s.probe_down, "GR_S says that GR_T cannot tell", evidence)
+
+
+def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe | None:
+    """A probe of a higher or a lower learning rate, if it is time for one and there is room."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
-    hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s and not _decaying(s)
     due = s.steps >= RULES.probe_steps and course.age >= RULES.settled_steps and course.samples >= s.next_probe
-    if not (hidden and due) or course.moves >= limits.max_moves or s.losses.first is None:
+    if not due or course.moves >= limits.max_moves or s.losses.first is None:
         return None
     higher = moves.below(RULES.probe_factor * old.lr, old.batch_size)
-    down = s.probe_down or higher < RULES.least_raise * old.lr
+    down = down or higher < RULES.least_raise * old.lr
     to = limits.fit(old, old.lr / RULES.probe_factor if down else higher, old.batch_size)
     if max(to.lr / old.lr, old.lr / to.lr) < RULES.least_raise:
         return None
     s.probed, s.next_probe = to, RULES.probe_again * course.samples
     steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
-    evidence = Evidence("probe", course.step, "GR_S", reading.gr_s)
-    return Probe((old, to), round(steps * old.batch_size), "GR_S says that GR_T cannot tell", evidence)
+    return Probe((old, to), round(steps * old.batch_size), reason, evidence)
 
 
 def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | None:
@@ -131,16 +138,25 @@ def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Dec
     good = s.found and gr_t > RULES.far_below * limits.target.gr_t_zone[0]
     if _decaying(s):
         return Continue("below the zone, as the schedule decays", evidence)
-    learns = s.losses.first is not None and s.losses.learned(RULES.recent_blocks)
-    if learns and course.age < RULES.target_step and old.batch_size <= RULES.cheap_batch:
-        return Continue("below the zone, but early, and the loss has fallen", evidence)
+    # So early, and of so few samples, it is low at good learning rates too.
+    early, most = course.age < RULES.target_step and old.batch_size <= RULES.cheap_batch, math.inf
+    if early:
+        if s.losses.first is not None and s.losses.learned(RULES.recent_blocks):
+            return Continue("below the zone, but early, and the loss has fallen", evidence)
+        most = max(limits.usual_lr, old.lr)
     if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
         return Continue("below the zone, waiting", evidence)
     factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
     batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.cheap_batch)
-    lr = moves.below(old.lr * factor, batch)
+    lr = moves.below(min(old.lr * factor, most), batch)
     if lr < RULES.least_raise * old.lr:
+        if early and moves.below(old.lr * factor, batch) > lr:
+            return Continue("below the zone, but early", evidence)
         return rival_further(moves) or Continue("below the zone, just below a learning rate that failed", evidence)
+    unclear = gr_t * reach > RULES.clearly_low * limits.target.gr_t_zone[0]
+    if unclear and s.losses.learned() and old.batch_size <= RULES.cheap_batch:
+        reason = "GR_T may be too low"
+        return _asked(moves, False, reason, evidence) or Continue("below the zone, but not clearly", evidence)
     return moves.to(lr, batch, "the learning rate is too low", evidence)
 
 

@@ -28,7 +28,8 @@ def wrecked(moves: Moves, block: float | None) -> Decision | None:
     doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
     if block > known + RULES.exploded * scale or doubled:
         return moves.fail("the loss exploded", evidence)
-    if block > first + RULES.hurt * scale:
+    # With small batches a first loss low by chance is enough to look hurt: not at a usual learning rate.
+    if block > first + RULES.hurt * scale and s.course.now.lr > (1.0 + RULES.same_lr) * moves.settings.usual_lr:
         s.hurt = True
     blocks = RULES.recent_blocks
     if saved and saved.raised and s.trial is None and blocks * moves.settings.every <= age <= RULES.worse_steps:
@@ -93,7 +94,8 @@ def plateau_left(moves: Moves) -> Decision | None:
 def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence, jumps: bool) -> Decision | None:
     """Against a loss that has not fallen for a while, all of it under this configuration.
 
-    With less noise, at the configuration given; but where GR_T `jumps`, with a higher learning rate, on trial.
+    With less noise, at the configuration given; but where GR_T `jumps`, with a higher learning rate, on trial, or if a
+    probe has found that no better, with a lower one.
     """
     s, old, losses = moves.state, moves.state.course.now, moves.state.losses
     since = (1.0 - RULES.stall_share) * s.course.samples
@@ -105,6 +107,12 @@ def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence
     if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
         return None
     higher = moves.below(RULES.stall_raise * old.lr, old.batch_size)
+    if jumps and s.no_higher is not None and old.lr >= s.no_higher:
+        jumps, lr, batch = False, old.lr / RULES.stall_raise, old.batch_size
+        reason, evidence = (
+            "the loss has stalled, and a higher learning rate was no better",
+            replace(evidence, rule="stall"),
+        )
     if not jumps or higher < RULES.least_raise * old.lr:
         if lr < old.lr:
             moves.cap(old.lr)
@@ -155,8 +163,11 @@ def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Seque
         which = "lower" if down else "higher"
         return moves.to(other.lr, other.batch_size, f"a {which} learning rate has a lower loss", evidence)
     s.probe_down = not down
-    if not (down or difference <= RULES.probe_edge * abs(level)):
-        s.next_probe = s.course.samples  # so near the edge that the present one may be beyond it
+    if not down:
+        s.no_higher = old.lr
+    # so near the edge that the present one may be beyond it?
+    edge = not (down or difference <= RULES.probe_edge * abs(level))
+    s.next_probe = (1.0 if edge else RULES.probe_again) * s.course.samples
     if not (down or difference <= abs(level)):
         moves.cap(RULES.failed * other.lr)
     return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)

@@ -67,6 +67,7 @@ class State:
     rival: Rival | None = None
     probed: Config | None = None  # what the newest probe compares with, until that is judged
     next_probe: float = 0.0  # samples of these weights, before which there is no other
+    no_higher: float | None = None  # learning rate at which a probe found that a higher one was not better
     probe_down: bool = False  # the next one tries a lower learning rate, as the last has found none higher
 
 
@@ -119,7 +120,8 @@ class Moves:
         if old.lr <= limits.lr_bounds[0]:
             return Stop(f"{reason} at the lowest learning rate allowed", evidence)
         batch = min(old.batch_size, max(RULES.restart_batch, old.batch_size // RULES.cheap_share))
-        return self._restart(old.lr / RULES.restart, batch, f"{reason}: start again lower", evidence)
+        lr = min(old.lr / RULES.restart, limits.usual_lr)
+        return self._restart(lr, batch, f"{reason}: start again lower", evidence)
 
     def start_lower(self, lr: float, reason: str, evidence: Evidence) -> Decision:
         """From untrained weights at a lower learning rate, if that is not what has been run already.

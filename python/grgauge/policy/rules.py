@@ -24,6 +24,7 @@ class Rules:
     patience_per_gr_t: float = 2.0  # ... and with GR_T: the nearer to its zone, the more is still to come with time
     trend: float = 1.5  # an interval that wide, as a factor, may be a trend and not noise, ...
     trend_steps: int = 30  # ... up to that age
+    clearly_low: float = 0.5  # share of that end: above it a probe is asked first, as one raise too many costs most
     far_below: float = 0.4  # share of the zone's lower end: only below it a learning rate found good is raised again
     decayed: float = 0.9  # a schedule below that share of its peak makes GR_T low by itself
     least_raise: float = 1.15  # a smaller one is not worth a cold start of the gauges
@@ -67,6 +68,7 @@ class Rules:
 
     # GR_S
     far_above: float = 0.5  # share of the zone's lower end: so far too large a batch is left at the first reading
+    least_lowered_to: int = 16  # a smaller batch saves samples and no steps, and early readings are low at any batch
     noise_scale_error: float = 0.5  # relative, up to which a noise scale is solved for a batch
     near_one: float = 0.999  # GR_S at 1 has no noise scale
     unsure_steps: int = 40  # until a GR_S whose interval reaches beyond 1 is acted on by its value
@@ -85,7 +87,7 @@ class Rules:
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
     probe_edge: float = 0.2  # share of the loss by which the higher is worse: a lower one is tried at once
-    probe_again: float = 3.0  # times the samples so far, until the next one
+    probe_again: float = 9.0  # times the samples so far, until the next one, where one has found nothing better
     compared_least: int = 4  # batches that both sides are compared on: the error of fewer differences says too little
     compared_samples: int = 64  # in them, at least: losses of a few samples differ by chance
     compared_part: int = 8  # and one for so many steps of a side: without a backward pass, 4 % of their cost
@@ -103,7 +105,7 @@ class Rules:
     stall_blocks: int = 20  # of losses, at least
     stall_error: float = 0.03  # relative error of the loss, up to which it can be told
     stall_errors: float = 1.4  # of one half of it: one standard error of the fall between the halves
-    stall_raise: float = 2.0  # on trial
+    stall_raise: float = 2.0  # on trial; down by as much where a probe has found no higher one to be better
     trial_share: float = 0.1  # of all samples, at least, before the trial is judged, ...
     trial_share_unsure: float = 0.3  # ... and at most, where the error of the loss is above ...
     trial_error: float = 0.015  # ... that share of it

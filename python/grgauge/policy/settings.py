@@ -11,6 +11,9 @@ from .._validation import require, require_count
 from .decisions import Config
 from .target import BLIND, Target
 
+USUAL_LR = 4 / 9
+"""As a share of the range of learning rates, in logarithms: 1.7e-3 of 1e-5 to 1."""
+
 
 @dataclass(eq=False)
 class Settings:
@@ -59,6 +62,12 @@ class Settings:
     def z(self) -> float:
         """Half the width of an interval of that confidence, in standard errors."""
         return NormalDist().inv_cdf(0.5 + 0.5 * self.confidence)
+
+    @property
+    def usual_lr(self) -> float:
+        """Where a search begins if nobody says where."""
+        low, high = self.lr_bounds
+        return low * (high / low) ** USUAL_LR
 
     def fit(self, config: Config, lr: float, batch_size: float) -> Config:
         """`config` with the allowed learning rate and batch that are nearest to those given."""

@@ -14,6 +14,7 @@ from torch import nn
 from .._validation import require, require_count
 from ..invariance import Rule, Space, unsearched
 from ..policy import Config, Policy, verdict
+from ..policy.settings import USUAL_LR
 from .loop import Loop
 from .ranks import World
 from .records import TrialRecord
@@ -23,9 +24,9 @@ from .trial import Trial
 Ends = Mapping[str, float | tuple[float, float]]
 """What a space may be given as: a range or a fixed number each."""
 
-START = {"lr": 0.4, "batch_size": 1 / 3}
-"""Where a search begins, as a share of each range in logarithms: 1e-3 of 1e-5 to 1, batch 32 of 8 to 512. From below is
-cheap and safe; from above weights are destroyed."""
+START = {"lr": USUAL_LR, "batch_size": 1 / 6}
+"""Where a search begins, as a share of each range in logarithms: 1.7e-3 of 1e-5 to 1, batch 16 of 8 to 512. Of the
+static runs that were recorded, on five families, that learning rate with batch 8 or 18 does best over any four."""
 
 
 @dataclass(frozen=True)
