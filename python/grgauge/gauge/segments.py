@@ -31,8 +31,11 @@ class Ages:
 
     def __init__(self, buckets: list[Array]) -> None:
         self.each = buckets[0] if len(buckets) == 1 else np.concatenate(buckets or [np.zeros(0)])
-        ages = self.each.tolist()  # few numbers: numpy's minimum takes ten times as long
-        self.youngest, self.oldest = min(ages, default=math.inf), max(ages, default=0.0)
+        if len(self.each) <= FEW:
+            ages = self.each.tolist()
+            self.youngest, self.oldest = min(ages, default=math.inf), max(ages, default=0.0)
+        else:
+            self.youngest, self.oldest = float(np.minimum.reduce(self.each)), float(np.maximum.reduce(self.each))
 
 
 class Rows:
@@ -76,7 +79,7 @@ class Rows:
             self.seen = np.array([np.concatenate(row) for row in visited])
         self.sums = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         one = self.sums.shape[1] == 1
-        self.totals = (self.sums[:, 0] if one else np.add.reduce(self.sums, axis=1)).tolist()
+        self.totals = (self.sums[:, 0] if one else np.einsum("psk->pk", self.sums)).tolist()
         self.taken = [i for i, total in enumerate(self.totals) if not math.isnan(total[GRAD_SQ])]
 
     @property
