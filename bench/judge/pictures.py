@@ -189,7 +189,7 @@ them or more. Ratios are geometric means over the families that both were run on
 1 GR-Gauge is cheaper. An interval that contains 1 decides nothing, nor does one of fewer than five starts. Where half
 of the starts or more never meet the target there is no ratio, and counts are given instead.
 
-Read with care. "GR-Gauge" starts from its own default, LR 1e-3 and batch 32, which may lie near the best; opponents
+Read with care. "GR-Gauge" starts from its own default, LR 1.7e-3 and batch 16, which may lie near the best; opponents
 that search start blind and are compared with "GR-Gauge, blind starts", those that bring a default with "GR-Gauge". Live
 tuners may spend 4 static runs, replayed ones 32: "within 4 runs" counts the starts of either that met the target by
 then. A replayed configuration is the nearest of 60.

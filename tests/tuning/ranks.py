@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
-from tuning.scripted import SPACE, Scripted, retune
+from tuning.scripted import SPACE, Probing, Scripted, retune
 
 from grgauge import Advisor, Autopilot, Config, Gauge, Stop, TrainingError, tune
 from grgauge.policy import Evidence
@@ -110,6 +110,32 @@ def autopilot(folder, wrap=DistributedDataParallel, budget=4000):
 
 def sharded_autopilot(folder):
     return autopilot(folder, fully_shard, 2500)
+
+
+def probed(folder, wrap=DistributedDataParallel):
+    """A run without a probe, with one that is refused, and with one that is taken."""
+    results = {}
+    for take in (None, False, True):
+        torch.manual_seed(0)
+        model = wrap(net())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        policy, lines = Scripted({}) if take is None else Probing(take), []
+        budget = 1600 if take is None else 1600 + 96 + 2 * 4 * 16
+        pilot = Autopilot(model, optimizer, batch_size=16, budget=budget, policy=policy, print=lines.append)
+        for x, y in pilot.batches(dataset()):
+            pilot.step(F.mse_loss(model(x[:, 1:]), y))
+        results[take] = {
+            "weights": weights(model),
+            "config": pilot.config,
+            "used": (pilot.samples, pilot.used),
+            "lines": lines,
+            "judged": getattr(policy, "losses", None),
+        }
+    return results
+
+
+def sharded_probed(folder):
+    return probed(folder, fully_shard)
 
 
 def rank_0_stops(folder):
@@ -222,6 +248,8 @@ def refusals(folder):
 SCENARIOS = (
     autopilot,
     sharded_autopilot,
+    probed,
+    sharded_probed,
     rank_0_stops,
     advised,
     undisturbed,

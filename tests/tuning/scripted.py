@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grgauge import Continue, Retune, Target
-from grgauge.policy import Evidence
+from grgauge import Config, Continue, Retune, Target
+from grgauge.policy import Evidence, Probe
 
 SPACE = {"lr": (1e-5, 1.0), "batch_size": (8, 512)}
 
@@ -40,6 +40,22 @@ class Scripted:
 
 def retune(config, reuse=True, rollback=False):
     return Retune(config, reuse, "as the script says", Evidence("script", None, "GR_T", float("inf")), rollback)
+
+
+HERE, THERE = Config(1e-3, 16, 0.01), Config(3e-3, 16, 0.01)
+
+
+class Probing(Scripted):
+    """Asks for one probe of 6 steps after 10, and takes the higher learning rate if told to."""
+
+    def __init__(self, take, at=160, samples=96):
+        probe = Probe((HERE, THERE), samples, "as the script says", Evidence("script"))
+        super().__init__({at: probe})
+        self.take, self.losses = take, None
+
+    def judge(self, losses):
+        self.losses = losses
+        return retune(THERE) if self.take else Continue("as the script says", Evidence("script"), notable=True)
 
 
 def linear(trial, data, optimizer=torch.optim.AdamW, schedule=None, seen=None):

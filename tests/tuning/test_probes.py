@@ -6,25 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tuning.scripted import Scripted, linear, retune
+from tuning.scripted import THERE, Probing, Scripted, linear, retune
 
-from grgauge import AdamW, Autopilot, Config, Continue, TrainingError
-from grgauge.policy import Evidence, Probe
-
-HERE, THERE = Config(1e-3, 16, 0.01), Config(3e-3, 16, 0.01)
-
-
-class Probing(Scripted):
-    """Asks for one probe of 6 steps after 10, and takes the higher learning rate if told to."""
-
-    def __init__(self, take, at=160, samples=96):
-        probe = Probe((HERE, THERE), samples, "as the script says", Evidence("script"))
-        super().__init__({at: probe})
-        self.take, self.losses = take, None
-
-    def judge(self, losses):
-        self.losses = losses
-        return retune(THERE) if self.take else Continue("as the script says", Evidence("script"), notable=True)
+from grgauge import AdamW, Autopilot, Config, TrainingError
 
 
 def pilot_of(policy, budget, schedule=False, batch_norm=False):
@@ -34,9 +18,9 @@ def pilot_of(policy, budget, schedule=False, batch_norm=False):
     model = nn.Sequential(nn.Linear(6, 8), *norm, nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = AdamW(model.parameters(), lr=1e-3)
     scheduler = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)] if schedule else []
-    pilot = Autopilot(
-        model, optimizer, *scheduler, batch_size=16, budget=budget, policy=policy, print=lambda line: None
-    )
+    lines = []
+    pilot = Autopilot(model, optimizer, *scheduler, batch_size=16, budget=budget, policy=policy, print=lines.append)
+    pilot.lines = lines
     return model, optimizer, scheduler, pilot
 
 
@@ -124,6 +108,7 @@ def test_one_that_would_take_more_than_a_quarter_of_what_is_left_is_not_made(reg
         assert pilot.used == budget
         assert (policy.losses is not None) == made
         assert same(plain, probed) != made
+        assert any("nothing was compared: that takes" in line for line in pilot.lines) != made
 
 
 def test_the_study_knows_of_it(regression, go):

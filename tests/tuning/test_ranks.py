@@ -68,7 +68,8 @@ def test_an_autopilot_on_two_ranks_decides_alike_and_ends_in_the_same_bits(two, 
         assert one[name] == other[name]
     assert torch.equal(one["weights"], other["weights"])
     assert one["readings"]["gr_s"] is not None
-    assert len(one["lines"]) == len(one["decisions"])
+    moves = [line for line in one["lines"] if "nothing was compared" not in line]
+    assert len(moves) == len(one["decisions"])
     assert other["lines"] == []
 
 
@@ -95,6 +96,29 @@ def test_other_kinds_of_data_are_shared_too(two):
     for results in two:
         assert results["loaders"]["asked"] == 25
         assert results["loaders"]["function"] == list(range(250))
+
+
+def test_a_probe_is_made_by_all_ranks_and_judged_by_one(two):
+    for take in (None, False, True):
+        one, other = (results["probed"][take] for results in two)
+        assert torch.equal(one["weights"], other["weights"])
+        assert (one["config"], one["used"]) == (other["config"], other["used"])
+        assert (one["judged"] is None, other["judged"]) == (take is None, None)
+    plain, refused, taken = (two[0]["probed"][take] for take in (None, False, True))
+    assert torch.equal(plain["weights"], refused["weights"])
+    assert not torch.equal(plain["weights"], taken["weights"])
+    assert refused["used"] == taken["used"] == (1600, 1600 + 96 + 2 * 4 * 16)
+    assert refused["config"].lr == 1e-3
+    assert taken["config"].lr == pytest.approx(3e-3)
+
+
+def test_a_sharded_model_is_not_probed_and_says_so(two):
+    for rank, results in enumerate(two):
+        asked = results["sharded_probed"][True]
+        assert asked["judged"] is None
+        assert asked["config"].lr == 1e-3
+        said = [line for line in asked["lines"] if "a sharded model has no averaged weights" in line]
+        assert len(said) == (1 if rank == 0 else 0)
 
 
 def test_rank_0_stops_all_of_them(two):

@@ -57,7 +57,8 @@ class Policy(Settings):
             rate counts as found (measured ones).
         window: Relative change of the gradient norm between checks below which the critical period is over, so that
             nothing changes (published rules).
-        lr_bounds: Learning rates allowed.
+        lr_bounds: Learning rates allowed. The usual one lies at 4/9 of their range in logarithms: early readings of a
+            small batch raise it no higher, and a run that has exploded begins again at no more.
         min_batch: Smallest batch allowed, in samples.
         max_batch: Largest batch allowed, in samples: where memory ends.
         batch_multiple: Batches are multiples of it.

@@ -93,7 +93,10 @@ class Autopilot(View):
     def _after_step(self) -> Probe | None:
         decision, _ = self._loop.observe()
         if isinstance(decision, Probe):
-            return decision if self._loop.affords(decision, self.budget - self.used) else None
+            refused = self._loop.refused(decision, self.budget - self.used)
+            if refused is not None and self._loop.world.rank == 0:
+                self._print(f"{self.used} samples: {refused}")
+            return None if refused else decision
         if decision is not None:
             self._act(decision, 0)
         return None

@@ -218,10 +218,14 @@ class Loop:
                 decision = yield from self._probed(data, probe)
                 act(decision, len(probe.configs) * probe.batches * self.config.batch_size)
 
-    def affords(self, probe: Probe, left: int) -> bool:
-        """Whether so many samples are enough for a probe. Without averages there is none."""
+    def refused(self, probe: Probe, left: int) -> str | None:
+        """Why a probe is not made with so many samples left; None if it is."""
+        if self.averaged is None:
+            return f"{probe.reason}, and nothing was compared: a sharded model has no averaged weights"
         cost = sum(probe.samples + (probe.batches + 1) * config.batch_size for config in probe.configs)
-        return self.averaged is not None and cost <= AFFORDED * left
+        if cost > AFFORDED * left:
+            return f"{probe.reason}, and nothing was compared: that takes {cost} samples, and {left} are left"
+        return None
 
     def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
         """What follows from a probe; the weights are then those of the configuration that it decides for."""

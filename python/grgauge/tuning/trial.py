@@ -238,8 +238,12 @@ class Trial(View):
         self.record.seconds += now - self._clock
         self._clock = now
         if isinstance(decision, Probe) and not spent:
+            refused = loop.refused(decision, self.budget - self.used)
+            if refused is not None:
+                log.info("%d samples: %s", self.used, refused)
+                self.record.notes.append(refused)
             self._on_step(self)
-            return decision if loop.affords(decision, self.budget - self.used) else None
+            return None if refused else decision
         if decision is not None and (spent or isinstance(decision, Stop)):
             self._end(decision)
         elif isinstance(decision, Retune):
