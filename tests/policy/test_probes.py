@@ -35,6 +35,12 @@ def test_the_first_probe_goes_up():
     assert factor(probe) == pytest.approx(UP)
 
 
+def test_at_a_usual_learning_rate_the_first_one_waits():
+    usual = Policy(lr_bounds=(CONFIG.lr / 10 ** (5 * 4 / 9), CONFIG.lr * 10 ** (5 * 5 / 9)))
+    _, step = hidden(usual, 5, 1005)
+    assert step == 600
+
+
 def test_after_a_higher_one_that_is_a_little_worse_the_next_probe_goes_down_after_a_while():
     policy = Policy()
     _, step = hidden(policy, 5, 105)

@@ -80,7 +80,9 @@ def probe(moves: Moves, reading: Reading) -> Decision | None:
 def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe | None:
     """A probe of a higher or a lower learning rate, if it is time for one and there is room."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
-    due = s.steps >= RULES.probe_steps and course.age >= RULES.settled_steps and course.samples >= s.next_probe
+    usual = abs(math.log(old.lr / limits.usual_lr)) < 0.5 * math.log(RULES.probe_factor)
+    begun = s.steps >= RULES.probe_steps * (RULES.probe_usual if usual else 1.0)
+    due = begun and course.age >= RULES.settled_steps and course.samples >= s.next_probe
     if not due or course.moves >= limits.max_moves or s.losses.first is None:
         return None
     higher = moves.below(RULES.probe_factor * old.lr, old.batch_size)

@@ -83,6 +83,9 @@ class Rules:
     # a probe: of two learning rates on the same batches, where GR_S is so high that GR_T says little of either
     probe_gr_s: float = 0.8
     probe_steps: int = 60  # before one, and of each side: with half as many two tasks of three were lost, ...
+    probe_usual: float = (
+        10.0  # times as many before one at a usual learning rate: most are good, so it may cost a tenth
+    )
     probe_share: float = 0.15  # ... but at least that share of all steps so far
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
