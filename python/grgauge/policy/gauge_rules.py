@@ -26,7 +26,9 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
         return None
     s.away += 1
     most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
-    least = max(old.batch_size / limits.max_batch_factor**2, min(old.batch_size, RULES.least_lowered_to))
+    # The first gradients agree at any batch. Small ones, which save samples and no steps, have to be asked for later.
+    early = min(old.batch_size, RULES.least_early) if s.course.age < RULES.target_step else 0
+    least = max(old.batch_size / limits.max_batch_factor**2, early)
     batch = limits.fit(old, old.lr, min(max(wanted, least), old.batch_size * most)).batch_size
     ratio = batch / old.batch_size
     needed, checks = (RULES.found_batch_change, RULES.found_checks) if s.found else (RULES.batch_change, 1)

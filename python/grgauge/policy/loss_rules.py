@@ -95,7 +95,7 @@ def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence
     """Against a loss that has not fallen for a while, all of it under this configuration.
 
     With less noise, at the configuration given; but where GR_T `jumps`, with a higher learning rate, on trial, or if a
-    probe has found that no better, with a lower one.
+    probe has found that far worse, with a lower one.
     """
     s, old, losses = moves.state, moves.state.course.now, moves.state.losses
     since = (1.0 - RULES.stall_share) * s.course.samples
@@ -109,10 +109,8 @@ def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence
     higher = moves.below(RULES.stall_raise * old.lr, old.batch_size)
     if jumps and s.no_higher is not None and old.lr >= s.no_higher:
         jumps, lr, batch = False, old.lr / RULES.stall_raise, old.batch_size
-        reason, evidence = (
-            "the loss has stalled, and a higher learning rate was no better",
-            replace(evidence, rule="stall"),
-        )
+        reason = "the loss has stalled, and a higher learning rate is far worse"
+        evidence = replace(evidence, rule="stall")
     if not jumps or higher < RULES.least_raise * old.lr:
         if lr < old.lr:
             moves.cap(old.lr)
@@ -162,12 +160,9 @@ def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Seque
             moves.cap(old.lr)
         which = "lower" if down else "higher"
         return moves.to(other.lr, other.batch_size, f"a {which} learning rate has a lower loss", evidence)
-    s.probe_down = not down
-    if not down:
-        s.no_higher = old.lr
-    # so near the edge that the present one may be beyond it?
-    edge = not (down or difference <= RULES.probe_edge * abs(level))
-    s.next_probe = (1.0 if edge else RULES.probe_again) * s.course.samples
+    s.probe_down, s.next_probe = not down, RULES.probe_again * s.course.samples
+    if not (down or difference <= RULES.probe_edge * abs(level)):
+        s.no_higher, s.next_probe = old.lr, s.course.samples  # so near the edge that the present one may be beyond it
     if not (down or difference <= abs(level)):
         moves.cap(RULES.failed * other.lr)
     return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)

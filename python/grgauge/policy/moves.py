@@ -67,7 +67,7 @@ class State:
     rival: Rival | None = None
     probed: Config | None = None  # what the newest probe compares with, until that is judged
     next_probe: float = 0.0  # samples of these weights, before which there is no other
-    no_higher: float | None = None  # learning rate at which a probe found that a higher one was not better
+    no_higher: float | None = None  # learning rate at which a probe found a higher one far worse
     probe_down: bool = False  # the next one tries a lower learning rate, as the last has found none higher
 
 

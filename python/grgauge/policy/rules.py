@@ -68,7 +68,7 @@ class Rules:
 
     # GR_S
     far_above: float = 0.5  # share of the zone's lower end: so far too large a batch is left at the first reading
-    least_lowered_to: int = 16  # a smaller batch saves samples and no steps, and early readings are low at any batch
+    least_early: int = 16  # the batch is lowered no further before `target_step`
     noise_scale_error: float = 0.5  # relative, up to which a noise scale is solved for a batch
     near_one: float = 0.999  # GR_S at 1 has no noise scale
     unsure_steps: int = 40  # until a GR_S whose interval reaches beyond 1 is acted on by its value
@@ -83,9 +83,7 @@ class Rules:
     # a probe: of two learning rates on the same batches, where GR_S is so high that GR_T says little of either
     probe_gr_s: float = 0.8
     probe_steps: int = 60  # before one, and of each side: with half as many two tasks of three were lost, ...
-    probe_usual: float = (
-        10.0  # times as many before one at a usual learning rate: most are good, so it may cost a tenth
-    )
+    probe_usual: float = 10.0  # times as many first at a usual learning rate: most are good, so it may cost a tenth
     probe_share: float = 0.15  # ... but at least that share of all steps so far
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
@@ -108,7 +106,7 @@ class Rules:
     stall_blocks: int = 20  # of losses, at least
     stall_error: float = 0.03  # relative error of the loss, up to which it can be told
     stall_errors: float = 1.4  # of one half of it: one standard error of the fall between the halves
-    stall_raise: float = 2.0  # on trial; down by as much where a probe has found no higher one to be better
+    stall_raise: float = 2.0  # on trial; down by as much where a probe has found a higher one far worse
     trial_share: float = 0.1  # of all samples, at least, before the trial is judged, ...
     trial_share_unsure: float = 0.3  # ... and at most, where the error of the loss is above ...
     trial_error: float = 0.015  # ... that share of it
