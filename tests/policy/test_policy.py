@@ -254,6 +254,21 @@ def test_what_is_equivalent_to_a_trial_before_is_not_begun_again():
     assert [decision.evidence.rule for decision in again].count("repeat") == 1
 
 
+def test_early_a_batch_is_lowered_to_16_and_further_only_once_gauges_have_settled():
+    small = {"gr_s": 0.05, "gr_s_error": 0.01, "noise_scale": 2.0, "noise_scale_error": 0.2, "gr_t": 20.0}
+    losses = [2.0 - 0.05 * i for i in range(20)]
+    policy = Policy()
+    policy.observe(None, CONFIG, loss=2.3)
+    first = watch(policy, losses=losses, **small)
+    assert first.config.batch_size == 16
+    policy = Policy()
+    config = replace(CONFIG, batch_size=16)
+    policy.observe(None, config, loss=2.3)
+    later = watch(policy, config, losses=losses, **small)
+    assert later.config.batch_size < 16
+    assert later.evidence.step >= 50
+
+
 def test_a_batch_of_one_which_reads_1_whatever_the_noise_is_grows_step_by_step():
     policy, config = Policy(), Config(1e-3, 1)
     policy.observe(None, config, loss=2.3)

@@ -11,23 +11,27 @@ import pytest
 from policy.healthy import CONFIG, READING, watch
 
 from grgauge import Policy, Retune
+from grgauge.policy import Probe
 
 
-def stalled(loss_at, *, gr_t=34.0, gr_t_error=4.0, config=CONFIG, checks=400):
+def stalled(loss_at, *, config=CONFIG, checks=400, probed=1.0, **high):
     """Moves of a training on a loss that depends on nothing but the configuration; GR_T leaves its zone at step 60.
 
-    Untrained weights are at 2.0, of which a factor e goes every 5 steps; 1 % of noise from step to step.
+    Untrained weights are at 2.0, of which a factor e goes every 5 steps; 1 % of noise from step to step. The other side
+    of a probe ends at `probed` times this one's loss.
     """
+    high = high or {"gr_t": 34.0, "gr_t_error": 4.0}
     policy, rng = Policy(), random.Random(0)
     moves = []
     policy.observe(None, config, loss=2.0)
     for step in range(1, 5 * checks + 1):
         reading = None
         if step % 5 == 0:
-            high = {} if step <= 60 else {"gr_t": gr_t, "gr_t_error": gr_t_error}
-            reading = replace(READING, step=step, **high)
+            reading = replace(READING, step=step, **({} if step <= 60 else high))
         level = loss_at(config) + 2.0 * math.exp(-step / 5)
         decision = policy.observe(reading, config, loss=level * (1.0 + 0.01 * rng.gauss(0.0, 1.0)))
+        if isinstance(decision, Probe):
+            decision = policy.judge(((1.0, 1.0), (probed, probed)))
         if isinstance(decision, Retune):
             moves.append(decision)
             config = decision.config
@@ -56,6 +60,13 @@ def test_where_gr_t_jumps_a_stall_is_met_by_higher_learning_rates():
     assert on.config.lr == pytest.approx(4.0 * CONFIG.lr)
     assert (up.evidence.rule, on.evidence.rule) == ("stall", "stall")
     assert up.reuse
+
+
+@pytest.mark.parametrize(("probed", "factor"), [(1.0, 2.0), (1.1, 2.0), (1.3, 0.5)])
+def test_where_a_probe_has_found_a_higher_one_far_worse_it_is_met_by_a_lower_one(probed, factor):
+    first, *_ = stalled(lambda config: 1.0, probed=probed, gr_s=0.9, gr_s_error=0.3, **JUMPS)
+    assert first.config.lr == pytest.approx(factor * CONFIG.lr)
+    assert first.evidence.rule == "stall"
 
 
 def test_a_learning_rate_raised_against_a_stall_goes_back_where_the_loss_rises():
