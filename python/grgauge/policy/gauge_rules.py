@@ -41,7 +41,9 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
     reason = "the batch is too small"
     if s.found:
         quiet = not s.recent or s.recent[-1] <= math.log(high_gr_t)
-        return stall(moves, old.lr, batch, reason, evidence, _jumps(reading)) if quiet else None
+        if batch > RULES.largest_stalled or not quiet:
+            return None
+        return stall(moves, old.lr, batch, reason, evidence, _jumps(reading))
     if batch > RULES.largest_raised or not s.losses.learned():
         return None
     # lr up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.

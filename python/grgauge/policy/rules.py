@@ -77,6 +77,7 @@ class Rules:
     found_checks: int = 4  # in a row that must ask for another batch then
     found_raise: float = 2.0  # the most that a batch grows by then
     largest_raised: int = 16  # before: noise in a larger one costs less than the samples that would average it out
+    largest_stalled: int = 64  # and then, against a stall: beyond, averaging weights does it for less
     young_steps: int = 150  # until then a learning rate far too low is left ...
     cheap_batch: int = 32  # ... at no larger batch than that, as is a plateau: steps count, and are cheaper so
 
