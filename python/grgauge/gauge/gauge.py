@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,9 @@ from .windows import Windows
 
 if TYPE_CHECKING:
     from .ranks import CommHook, Ranks
+
+
+_numel_of = operator.attrgetter("plan.numel")
 
 
 class Gauge:
@@ -414,8 +418,8 @@ class Gauge:
             raise RuntimeError("a step cannot be captured in a CUDA graph while its gauge is attached to a module")
 
     def _take(self, sums: list[BucketSums]) -> None:
-        nothing = self._ranks is None and not any(bucket.plan.numel for bucket in sums)
-        self._windows.take([] if nothing else sums, self)
+        something = any(map(_numel_of, sums)) or self._ranks is not None
+        self._windows.take(sums if something else [], self)
 
     @property
     def _ranks(self) -> Ranks | None:

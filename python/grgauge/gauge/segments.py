@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,9 @@ UNFOLDED = 100
 
 FEW = 32
 """Numbers up to which Python computes them faster than numpy, to the same bits."""
+
+
+_complete = operator.attrgetter("plan.complete")
 
 
 class Ages:
@@ -67,7 +72,7 @@ class Rows:
             seen = np.concatenate([part[:, :, -1] for part in parts], axis=1) > 0
             self.seen = None if seen.all() else seen
             parts = [part[:, :, :-1] for part in parts]
-        elif not all(bucket.plan.complete for row in rows for bucket in row):
+        elif not all(map(_complete, chain.from_iterable(rows))):
             if any(bucket.plan.in_parts for bucket in rows[0]):
                 self.parts, self.plans = parts, [bucket.plan for bucket in rows[0]]
             scales = [np.stack([row[i].plan.scale for row in rows]) for i in range(len(parts))]

@@ -31,6 +31,9 @@ STEPS_AT_ONCE = 64
 """The most steps whose sums travel together, so that memory is bounded where readings are far apart."""
 
 
+_params_of = operator.attrgetter("params")
+
+
 class Settings(Protocol):
     """What a user may change at any time; see `Gauge`, which has them."""
 
@@ -104,9 +107,9 @@ class Windows:
 
     def take(self, sums: list[BucketSums], settings: Settings) -> None:
         """Add the sums of a step; an empty list if no parameter was trained."""
-        layout = [bucket.params for bucket in sums]
-        if layout and (len(layout) != len(self._layout) or not all(map(operator.is_, layout, self._layout))):
-            self._lay_out(layout, settings)
+        known = len(sums) == len(self._layout) and all(map(operator.is_, map(_params_of, sums), self._layout))
+        if sums and not known:
+            self._lay_out([bucket.params for bucket in sums], settings)
         self.step += 1
         if sums:
             self._rows.append(sums)
