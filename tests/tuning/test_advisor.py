@@ -66,7 +66,8 @@ def test_the_autopilot_changes_learning_rate_and_batch_live_and_logs_each_change
     assert pilot.lr == pytest.approx(optimizer.param_groups[0]["lr"])
     assert pilot.lr > 1e-4
     assert pilot.batch_size != 256
-    assert len(lines) == len(pilot.decisions) > 1
+    moves = [line for line in lines if "nothing was compared" not in line]
+    assert len(moves) == len(pilot.decisions) > 1
     assert all("GR_T" in line and "samples" in line for line in lines)
     assert "the learning rate is too low" in "".join(lines)
     assert float((model(x).argmax(1) == y).float().mean()) > 0.8
