@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .backends import Repeated
 from .sampling import BLOCK, Choice, choose, joined, kept_blocks, most_certain
+
+if TYPE_CHECKING:
+    from .backends import Repeated
 
 CHUNK = 4096
 """The most elements in a chunk: 16 KiB of fp32. Small enough to share 0.1 M elements evenly between threads."""

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import grgauge
 from grgauge import Result, TrainingError, Trial, tune
-from grgauge.tuning.tuner import START
+from grgauge.tuning.tuner import default_start
 
 from .protocol import Curve
 from .table import BATCHES, BOUNDS, CHECKS, Config
@@ -28,7 +28,8 @@ LIMIT = 4.0
 """Static runs that a live tuner may spend."""
 BATCH = BATCHES[2]
 """Of optimizers that set their own learning rate and no batch."""
-DEFAULT = Config(BOUNDS["lr"][0] * (BOUNDS["lr"][1] / BOUNDS["lr"][0]) ** START["lr"], 16)
+_LR, _BATCH = default_start({"lr": BOUNDS["lr"], "batch_size": BOUNDS["batch"]})
+DEFAULT = Config(_LR, round(_BATCH))
 """Where `tune` begins in these bounds if it is not told."""
 
 

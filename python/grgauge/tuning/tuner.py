@@ -29,6 +29,12 @@ START = {"lr": USUAL_LR, "batch_size": 1 / 6}
 static runs that were recorded, on five families, that learning rate with batch 8 or 18 does best over any four."""
 
 
+def default_start(bounds: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Learning rate and batch size, not rounded, at which a search in these bounds begins if it is not told."""
+    lr, batch = (bounds[name][0] * (bounds[name][1] / bounds[name][0]) ** share for name, share in START.items())
+    return lr, batch
+
+
 @dataclass(frozen=True)
 class Result:
     """What `tune` ends with.
@@ -147,7 +153,7 @@ def tune(
     smallest, largest = -(-int(least) // world.size), int(most) // world.size  # on each rank
     require(smallest <= largest, "space['batch_size']", (least, most), f"around a multiple of the {world.size} ranks")
     if start is None:
-        lr, batch = (bounds[name][0] * (bounds[name][1] / bounds[name][0]) ** share for name, share in START.items())
+        lr, batch = default_start(bounds)
         part = min(max(round(batch / world.size), smallest), largest)
         start = Config(min(max(lr, low), high), part * world.size)
     inside = low <= start.lr <= high and least <= start.batch_size <= most
