@@ -159,14 +159,15 @@ def measure_(
         >>> stats[:, STATS.index("nonfinite")]
         tensor([0., 1.], dtype=torch.float64)
     """
-    (grads,) = _checked(plan, grads=grads)
+    traced = _traced()
+    (grads,) = _checked(plan, traced, grads=grads)
     _check_states(plan, ema, previous, beta)
     if inv_scale is not None:
         _check_scalar("inv_scale", inv_scale, plan)
     args = (grads, plan.rows, plan.segments, ema, previous, beta, inv_scale)
-    if _traced() and ema is None and previous is None:
+    if traced and ema is None and previous is None:
         return torch.ops.grgauge.measure.default(grads, plan.rows, plan.segments, inv_scale, backend)
-    if _traced():
+    if traced:
         return torch.ops.grgauge.measure_.default(*args, backend)
     try:
         return _backend(backend, plan.rows.device).measure_(*args)
@@ -315,11 +316,11 @@ def prepare_adamw_(
     fixed = params, exp_avgs, exp_avg_sqs, step, ema, previous, inv_scale, found_inf, clip
     traced = _traced()
     if isinstance(lr, float) and not traced and plan.repeated is not None and plan.repeated.is_of(fixed, options):
-        (grads,) = _checked(plan, grads=grads)
+        (grads,) = _checked(plan, traced, grads=grads)
         if grads.in_order:  # type: ignore[attr-defined]  # it is a Stream
             return _prepared(functools.partial(plan.repeated.prepare, grads, lr), plan.repeated.update, grads)
     grads, params, exp_avgs, exp_avg_sqs = _checked(
-        plan, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
+        plan, traced, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
     )
     _check_states(plan, ema, previous, beta)
     for name, value in (("inv_scale", inv_scale), ("found_inf", found_inf), ("clip", clip)):
@@ -431,9 +432,9 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _checked(plan: Plan, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+def _checked(plan: Plan, traced: bool, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """The lists, checked: a tensor for each segment, or the one flat buffer, all as the plan and the kernels need."""
-    if _traced():  # a tracer cannot follow subclasses of tuple
+    if traced:  # a tracer cannot follow subclasses of tuple
         _explain_all(plan, streams)
         return [list(tensors) for tensors in streams.values()]
     try:
