@@ -16,16 +16,12 @@ import grgauge_kernels as gk
 
 from ..optim import BucketSums
 from ..reading import SegmentReading
-
-Array = npt.NDArray[np.float64]
+from .transfer import FEW, Array
 
 GRAD_SQ, EMA_SQ, _, DELTA_SQ, _, NONFINITE = range(len(gk.STATS))
 
 UNFOLDED = 100
 """Passes after which the per-segment table processes them even if nobody has asked for it."""
-
-FEW = 32
-"""Numbers up to which Python computes them faster than numpy, to the same bits."""
 
 
 _complete = operator.attrgetter("plan.complete")

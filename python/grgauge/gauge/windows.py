@@ -18,7 +18,7 @@ from .micro_batches import Collected, MicroBatches
 from .segments import Table
 from .sources import names_of
 from .statistics import Statistics
-from .transfer import Transfer
+from .transfer import Array, Transfer, stacked
 from .unavailable import Unavailable
 
 if TYPE_CHECKING:
@@ -175,16 +175,19 @@ class Windows:
     def _send(self, settings: Settings, read: bool) -> None:
         """Start the copy of the sums so far to the host, where they are added and, with `read`, make a reading."""
         rows, micro = self._rows, self._micro.collect() if read else Collected()
-        tensors = [torch.stack([b.stats for b in bucket]) for bucket in (*zip(*rows), *zip(*micro.sums))]  # noqa: B905
-        if micro.norms is not None:
-            tensors.append(micro.norms)
-        ages = [bucket.steps.double() for bucket in rows[-1]] if rows else []
+        ages = [stacked([bucket.steps])[0] for bucket in rows[-1]] if rows else []
+        buckets = [[b.stats for b in bucket] for bucket in (*zip(*rows), *zip(*micro.sums))]  # noqa: B905
+        tensors: list[Tensor | Array] = []
         ranks, summed, calls = self.ranks, [], 0
         if ranks is not None and ranks.sharded:
-            summed = [_whole(bucket, stats) / ranks.replicas for bucket, stats in zip(rows[-1], tensors, strict=True)]
-            tensors = []
+            whole = [_whole(bucket, torch.stack(stats)) for bucket, stats in zip(rows[-1], buckets, strict=True)]
+            summed = [sums / ranks.replicas for sums in whole]
+        else:
+            tensors += map(stacked, buckets)
+            if micro.norms is not None:
+                tensors.append(micro.norms)
         if ranks is not None and read:
-            table, calls = ranks.collect(ages[0].device)
+            table, calls = ranks.collect(rows[-1][0].steps.device)
             summed.append(table)
         self._rows = []
         self._in_flight.append(
