@@ -27,7 +27,7 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
     s.away += 1
     most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
     # The first gradients agree at any batch. Small ones, which save samples and no steps, have to be asked for later.
-    early = min(old.batch_size, RULES.least_early) if s.course.age < RULES.target_step else 0
+    early = min(old.batch_size, RULES.small_batch) if s.course.age < RULES.target_step else 0
     least = max(old.batch_size / limits.max_batch_factor**2, early)
     batch = limits.fit(old, old.lr, min(max(wanted, least), old.batch_size * most)).batch_size
     ratio = batch / old.batch_size
@@ -44,7 +44,7 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
         if batch > RULES.largest_stalled or not quiet:
             return None
         return stall(moves, old.lr, batch, reason, evidence, _jumps(reading))
-    if batch > RULES.largest_raised or not s.losses.learned():
+    if batch > RULES.small_batch or not s.losses.learned():
         return None
     # lr up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
     low = not s.hurt and bool(s.recent) and max(s.recent) < math.log(low_gr_t)
@@ -135,35 +135,39 @@ def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | N
 
 def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Decision:
     """The rule that raises the learning rate: by (GR_T*/GR_T)^gain, once GR_T has had its time to rise."""
-    s, course, limits, old = moves.state, moves.state.course, moves.settings, moves.state.course.now
+    s, limits, old = moves.state, moves.settings, moves.state.course.now
     # Once: with small batches a first loss low by chance is enough to look hurt.
     if s.hurt and s.rival is None and _begun_badly(s):
         return moves.start_lower(old.lr / RULES.restart, "hurt by its first steps: again, from below", evidence)
-    patience = RULES.target_step if s.found else RULES.patience + RULES.patience_per_gr_t * gr_t
-    trending = reach > RULES.trend and course.age < RULES.trend_steps
-    good = s.found and gr_t > RULES.far_below * limits.target.gr_t_zone[0]
-    if _decaying(s):
-        return Continue("below the zone, as the schedule decays", evidence)
-    # So early, and of so few samples, it is low at good learning rates too.
-    early, most = course.age < RULES.target_step and old.batch_size <= RULES.cheap_batch, math.inf
-    if early:
-        if s.losses.first is not None and s.losses.learned(RULES.recent_blocks):
-            return Continue("below the zone, but early, and the loss has fallen", evidence)
-        most = max(limits.usual_lr, old.lr)
-    if len(s.recent) < RULES.least_readings or trending or course.age < patience or good:
-        return Continue("below the zone, waiting", evidence)
+    reason = _not_yet(moves, gr_t, reach)
+    if reason is not None:
+        return Continue(f"below the zone, {reason}", evidence)
     factor = min((limits.target.gr_t / gr_t) ** limits.gain, limits.max_lr_factor)
     batch = old.batch_size if s.steps > RULES.young_steps else min(old.batch_size, RULES.cheap_batch)
-    lr = moves.below(min(old.lr * factor, most), batch)
+    wanted = moves.below(old.lr * factor, batch)
+    lr = min(wanted, max(limits.usual_lr, old.lr)) if _early(s) else wanted
     if lr < RULES.least_raise * old.lr:
-        if early and moves.below(old.lr * factor, batch) > lr:
+        if lr < wanted:
             return Continue("below the zone, but early", evidence)
         return rival_further(moves) or Continue("below the zone, just below a learning rate that failed", evidence)
     unclear = gr_t * reach > RULES.clearly_low * limits.target.gr_t_zone[0]
     if unclear and s.losses.learned() and old.batch_size <= RULES.cheap_batch:
-        reason = "GR_T may be too low"
-        return _asked(moves, False, reason, evidence) or Continue("below the zone, but not clearly", evidence)
+        probe = _asked(moves, False, "GR_T may be too low", evidence)
+        return probe or Continue("below the zone, but not clearly", evidence)
     return moves.to(lr, batch, "the learning rate is too low", evidence)
+
+
+def _not_yet(moves: Moves, gr_t: float, reach: float) -> str | None:
+    """Why a GR_T below the zone says nothing yet; None if it does."""
+    s, age = moves.state, moves.state.course.age
+    if _decaying(s):
+        return "as the schedule decays"
+    if _early(s) and s.losses.first is not None and s.losses.learned(RULES.recent_blocks):
+        return "but early, and the loss has fallen"
+    patience = RULES.target_step if s.found else RULES.patience + RULES.patience_per_gr_t * gr_t
+    trending = reach > RULES.trend and age < RULES.trend_steps
+    good = s.found and gr_t > RULES.far_below * moves.settings.target.gr_t_zone[0]
+    return "waiting" if len(s.recent) < RULES.least_readings or trending or age < patience or good else None
 
 
 def _too_high(moves: Moves, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
@@ -197,6 +201,11 @@ def full_grown(gr_t: float, finite_time_factor: float) -> float:
 def _begun_badly(s: State) -> bool:
     """The learning rate that untrained weights began at is still what shows."""
     return not s.climbed and s.course.age >= RULES.start_steps and s.steps <= RULES.target_step
+
+
+def _early(s: State) -> bool:
+    """So few steps, and so few samples in each, that GR_T is low at good learning rates too."""
+    return s.course.age < RULES.target_step and s.course.now.batch_size <= RULES.cheap_batch
 
 
 def _decaying(s: State) -> bool:

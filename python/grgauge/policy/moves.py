@@ -119,7 +119,7 @@ class Moves:
             return self._book(lr, saved.batch_size, f"{reason}: back to saved weights", evidence, rollback=True)
         if old.lr <= limits.lr_bounds[0]:
             return Stop(f"{reason} at the lowest learning rate allowed", evidence)
-        batch = min(old.batch_size, max(RULES.restart_batch, old.batch_size // RULES.cheap_share))
+        batch = min(old.batch_size, max(RULES.small_batch, old.batch_size // RULES.cheap_share))
         lr = min(old.lr / RULES.restart, limits.usual_lr)
         return self._restart(lr, batch, f"{reason}: start again lower", evidence)
 

@@ -62,22 +62,22 @@ class Rules:
     restart: float = 30.0  # what lr is divided by where weights were destroyed: a decade and a half, for below is cheap
     restart_high: float = 6.0  # ... where they were not, but GR_T says too high
     cheap_share: int = 4  # what a batch is divided by on a plateau or where weights were destroyed: its gauges are void
-    restart_batch: int = 16  # ... but not below that: small batches are cheap, and no cheaper in steps
+    small_batch: int = 16  # ... but not below that: small batches are cheap, and smaller ones no cheaper in steps
     rival: float = 0.05  # share of the loss by which abandoned weights must have been further at equal samples
     rival_raise: float = 2.0  # towards their learning rate, in one move
 
     # GR_S
     far_above: float = 0.5  # share of the zone's lower end: so far too large a batch is left at the first reading
-    least_early: int = 16  # the batch is lowered no further before `target_step`
     noise_scale_error: float = 0.5  # relative, up to which a noise scale is solved for a batch
     near_one: float = 0.999  # GR_S at 1 has no noise scale
     unsure_steps: int = 40  # until a GR_S whose interval reaches beyond 1 is acted on by its value
     batch_change: float = 1.5  # a smaller factor is not worth a cold start of the gauges
     found_batch_change: float = 1.8  # ... where lr is found good
     found_checks: int = 4  # in a row that must ask for another batch then
-    found_raise: float = 2.0  # the most that a batch grows by then
-    largest_raised: int = 16  # before: noise in a larger one costs less than the samples that would average it out
-    largest_stalled: int = 64  # and then, against a stall: beyond, averaging weights does it for less
+    found_raise: float = 2.0  # the most that a batch grows by then, ...
+    largest_stalled: int = 64  # against a stall; beyond, averaging weights does it for less
+    # Before lr is found good only a batch up to `small_batch` is raised: noise in a larger one costs less than the
+    # samples that would average it out. Before `target_step` none is lowered below it.
     young_steps: int = 150  # until then a learning rate far too low is left ...
     cheap_batch: int = 32  # ... at no larger batch than that, as is a plateau: steps count, and are cheaper so
 
