@@ -15,6 +15,7 @@ as a gauge reads every fifth:
     gauge_halves   with `split_backward`: steps that are read take their batch in two halves
     gauge_micro    two micro-batches a step, `micro_step` after each: its ratio is to torch_micro
     gauge_hooks    torch's fused AdamW with a gauge on its hooks, and `split_backward`
+    average        the same as torch, and the average of the weights that `tune` keeps, updated every fifth step
     advisor        gauge_halves, and `Advisor.step(loss)` after each step
     tune           `grgauge.tune` of one fixed learning rate and batch
 
@@ -45,6 +46,7 @@ from turns import STEPS, Thread, append, origin, quantile_columns, ratio_columns
 
 import grgauge
 from grgauge.cli.demo import CONTEXT, CharTransformer
+from grgauge.tuning.averaging import average_of
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.csv"
 COLUMNS = (
@@ -157,6 +159,7 @@ class Plain:
     optimizer   what makes it of the parameters
     micro       micro-batches a step
     gauged, split, advised   with a gauge; with `split_backward`; with an advisor
+    averaged   with an average of the weights
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class Plain:
         gauged: bool = False,
         split: bool = False,
         advised: bool = False,
+        averaged: bool = False,
     ) -> None:
         self.task, self.micro, self.split = task, micro, split
         self.model = task.model()
@@ -176,6 +180,7 @@ class Plain:
         if advised:
             assert self.gauge is not None
             self.advisor = grgauge.Advisor(self.gauge, self.optimizer, every=100, print=lambda line: None)
+        self.average = average_of(self.model) if averaged else None
         self.batches = task.batches()
 
     def step(self) -> None:
@@ -201,6 +206,8 @@ class Plain:
             self.step()
         if self.gauge is not None:
             self.gauge.reading()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         synchronize(self.task.device)
         return (time.perf_counter() - start) / STEPS
 
@@ -242,6 +249,7 @@ def variants(task: Task, turns: int) -> dict[str, Plain | Tuned]:
         "gauge_halves": Plain(task, ours, gauged=True, split=True),
         "gauge_micro": Plain(task, ours, micro=2, gauged=True),
         "gauge_hooks": Plain(task, fused, gauged=True, split=True),
+        "average": Plain(task, fused, averaged=True),
         "advisor": Plain(task, ours, gauged=True, split=True, advised=True),
         "tune": Tuned(task, turns),
     }
