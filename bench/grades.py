@@ -289,23 +289,23 @@ def draw(file: Path, runs: Runs) -> None:
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
-    figure, grid = pyplot.subplots(2, len(SCENARIOS), figsize=(4.5 * len(SCENARIOS), 7), squeeze=False)
-    for scenario, column in zip(SCENARIOS, grid.T, strict=True):
+    # as wide as a page of the site shows at full size
+    figure, grid = pyplot.subplots(len(SCENARIOS), 2, figsize=(7.2, 2.7 * len(SCENARIOS)), squeeze=False)
+    for scenario, pair in zip(SCENARIOS, grid, strict=True):
         for color, arm in enumerate(ARMS):
             curves = [curve for (place, _, name), curve in sorted(runs.items()) if (place, name) == (scenario, arm)]
             for i, key in enumerate(("loss", "accuracy")):
                 for n, curve in enumerate(curves):
                     x, y = [row["flops"] / 1e12 for row in curve], [row[key] for row in curve]
                     label = arm if n == 0 else None
-                    column[i].plot(x, y, color=f"C{color}", lw=1, alpha=0.6, label=label)
-                    column[i].plot(x[-1], y[-1], "o", color=f"C{color}", ms=3)
-        column[0].set_title(scenario)
-        column[0].set_ylabel("test loss")
-        column[1].set_ylabel("test accuracy")
-        column[1].set_xlabel("TFLOP")
+                    pair[i].plot(x, y, color=f"C{color}", lw=1, alpha=0.6, label=label)
+                    pair[i].plot(x[-1], y[-1], "o", color=f"C{color}", ms=3)
+        for axis, quantity in zip(pair, ("test loss", "test accuracy"), strict=True):
+            axis.set_title(f"{scenario}: {quantity}", fontsize=10)
+            axis.set_xlabel("TFLOP")
     grid[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=200)
 
 
 # --- one matrix at a time ---------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def draw_alone(file: Path, rows: list[dict[str, Any]]) -> str:
     }
     true = [float(row["forfeited"]) for row in rows]
     attention = ["self_attn" in row["matrix"] for row in rows]
-    figure, axes = pyplot.subplots(1, len(readings), figsize=(4.5 * len(readings), 4), sharey=True)
+    figure, axes = pyplot.subplots(1, len(readings), figsize=(7.2, 3.4), sharey=True)  # a page of the site
     lines = []
     for axis, (name, values) in zip(axes, readings.items(), strict=True):
         axis.scatter(values, true, c=["C0" if a else "C1" for a in attention], s=12)
@@ -374,7 +374,7 @@ def draw_alone(file: Path, rows: list[dict[str, Any]]) -> str:
         lines.append(f"{name}: rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.2g})")
     axes[0].set_ylabel("training loss forfeited by freezing at half\n(blue: attention, orange: MLP)")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=200)
     for kind, is_kind in (("attention", True), ("MLP", False)):
         own = [t for t, a in zip(true, attention, strict=True) if a == is_kind]
         lines.append(f"{kind}: forfeits {mean(own):.5f} a matrix on average")

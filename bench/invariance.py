@@ -188,11 +188,11 @@ def draw(file: Path, runs: list[Run], size: Size) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, len(QUANTITIES), figsize=(4 * len(QUANTITIES), 6), squeeze=False)
+    figure, grid = pyplot.subplots(len(QUANTITIES), 2, figsize=(8, 3 * len(QUANTITIES)), squeeze=False)
     colors = dict(zip(size.gammas, ("#0072B2", "#009E73", "#D55E00"), strict=True))
     styles = dict(zip(size.lrs, ("-", "--", ":"), strict=True))
-    for row, schedule in zip(grid, ("constant", "decaying"), strict=True):
-        for axes, quantity in zip(row, QUANTITIES, strict=True):
+    for column, schedule in zip(grid.T, ("constant", "decaying"), strict=True):
+        for axes, quantity in zip(column, QUANTITIES, strict=True):
             for run in runs:
                 if run.schedule == schedule:
                     label = f"γ {run.gamma:g}, lr {run.lr:g}"

@@ -107,7 +107,7 @@ def table(rows: list[Row]) -> Table:
 def page(rows: list[Row]) -> str:
     """The text of docs/evidence/readings.md."""
     lines = [f"| {' | '.join(cells(row))} |" for row in rows]
-    return "\n".join([PAGE, f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}", *lines, ""])
+    return "\n".join([PAGE, f"| {' | '.join(HEAD)} |", f"|{':---|' * 3}{'---:|' * (len(HEAD) - 3)}", *lines, ""])
 
 
 def main() -> int:

@@ -40,8 +40,9 @@ LEGEND = (
     "Clipped: gauged and with `max_grad_norm`, as a ratio to `clip_grad_norm_` and torch's fused step."
 )
 MORE = (
-    " 20 to 80 % quantiles in ms in parentheses. The last columns are the gauged step's memory traffic (28 bytes a "
-    "parameter, 22 in bfloat16) as a share of a plain copy's, and of in-place arithmetic's in one loop."
+    " In parentheses are the 20 and 80 % quantiles of the times themselves, in ms. The last columns are the gauged "
+    "step's memory traffic (28 bytes a parameter, 22 in bfloat16) as a share of a plain copy's, and of in-place "
+    "arithmetic's in one loop."
 )
 
 BYTES = {
@@ -68,8 +69,8 @@ METHODS = {
     "torchao_8bit": "torchao `AdamW8bit`",
     "bitsandbytes_8bit": "bitsandbytes `AdamW8bit`",
     "torch_bf16": "`torch.optim.AdamW`, all bfloat16",
-    "torchao_bf16": "torchao `_AdamW(bf16_stochastic_round=True)`, all bfloat16",
-    "stochastic": "`grgauge.AdamW(stochastic_rounding=True)`, all bfloat16",
+    "torchao_bf16": "torchao `_AdamW`, all bfloat16, rounded stochastically",
+    "stochastic": "`grgauge.AdamW`, all bfloat16, rounded stochastically",
 }
 """Method of bench/training.py -> what the table calls it."""
 
@@ -119,7 +120,8 @@ def table(rows: list[Row], full: bool) -> list[str]:
         for variant in ("torch", *RATIOS):
             row = by_variant[variant]
             figure = digits(row["q50_ms"]) if variant == "torch" else f"{float(row['ratio_to_torch_fused']):.2f}"
-            cells.append(f"{figure} ({digits(row['q20_ms'])} to {digits(row['q80_ms'])})" if full else figure)
+            between = f"<br>({digits(row['q20_ms'])} to {digits(row['q80_ms'])})"  # a line of its own: cells are narrow
+            cells.append(figure + between * full)
         clip, torch_clip = (float(by_variant[variant]["ratio_to_torch_fused"]) for variant in ("clip", "torch_clip"))
         cells.append(f"{clip / torch_clip:.2f}")
         gauged = by_variant["gauged"]
@@ -194,7 +196,10 @@ def training(rows: list[Row], steps: list[Row]) -> list[str]:
             cells = [name, row["held_bytes"], row["moved_bytes"], times.get(method, "–")]
             for column in ("train_loss", "held_out_loss"):
                 ours, theirs = ([float(of_method[m][seed][column]) for seed in seeds] for m in (method, "torch"))
-                cells += [f"{fmean(ours):.4g} ± {stdev(ours):.2g}", "–" if method == "torch" else apart(ours, theirs)]
+                cells += [
+                    f"{fmean(ours):.4g}<br>± {stdev(ours):.2g}",
+                    "–" if method == "torch" else apart(ours, theirs),
+                ]
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return blocks
@@ -205,7 +210,7 @@ def apart(ours: list[float], theirs: list[float]) -> str:
     if ours == theirs:
         return "0"
     low, high = ttest_rel(ours, theirs).confidence_interval(0.95)
-    return f"{fmean(ours) - fmean(theirs):+.2g} ({low:+.2g} to {high:+.2g})"
+    return f"{fmean(ours) - fmean(theirs):+.2g}<br>({low:+.2g} to {high:+.2g})"
 
 
 def step_times(rows: list[Row]) -> dict[str, str]:

@@ -52,28 +52,24 @@ def costs_table(rows: pd.DataFrame, weights: str, target: str, quantity: str = "
     """Median costs, and what intervals say of GR-Gauge against each other tuner."""
     tuners = costs_of(rows, weights, target, quantity)
     names = sorted(rows["family"].unique())
-    head = " | ".join(
-        (
-            f"{quantity}, {weights} weights, target: {target}",
-            *names,
-            "met",
-            f"within {LIMIT:g} runs",
-            "GR-Gauge against it",
-        )
-    )
-    lines = [f"| {head} |", "|---" * (len(names) + 4) + "|"]
+    head = " | ".join((f"{quantity}, {weights} weights", *names, "met", f"within {LIMIT:g} runs", f"{OURS} against it"))
+    lines = [f"| {head} |", "|:---" + "|---:" * (len(names) + 2) + "|:---|"]
     early = soon(rows[(rows["weights"] == weights) & (rows["target"] == target)]).groupby("tuner")["soon"].sum()
     for tuner, own in sorted(tuners.items()):
         cells = [f"{np.median(own[name]):.2f}" if name in own else "–" for name in names]
         values = [value for part in own.values() for value in part]
         met = f"{sum(map(math.isfinite, values))} of {len(values)}"
         words = against(tuner, tuners, judged=quantity == "samples")[1]
+        # said by the row itself, or the same in most rows
+        words = words.replace(f"{tuner} met it", "it met it").removesuffix(f" ({', '.join(names)})")
         lines.append(f"| {' | '.join((tuner, *cells, met, str(early[tuner]), words))} |")
     if len(names) < len(families.NAMES):
         judged = f"{len(names)} of {len(families.NAMES)} families: too few to name a winner."
     else:
         complete = {tuner: own for tuner, own in tuners.items() if tuner != STATIC and set(own) == set(names)}
-        judged = f"By intervals against every other tuner the winner is: {winner(complete) or 'none'}."
+        best = winner(complete)
+        judged = f"{best} wins: by intervals" if best else "Nobody wins: by intervals no tuner"
+        judged += " is cheaper than every other."
     return [*lines, "", judged, ""]
 
 
@@ -104,21 +100,28 @@ def of_costs(rows: pd.DataFrame, weights: str) -> tuple[str, str]:
         here = {name: {family: own[family]} for name, own in tuners.items() if family in own}
         verdicts: dict[str, list[str]] = {}
         for tuner in sorted(here):
-            verdicts.setdefault(against(tuner, here)[0], []).append(tuner)
+            verdicts.setdefault(against(tuner, here)[0], []).append(listed(tuner))
         fewer, more = verdicts.get("cheaper", []), verdicts.get("dearer", [])
         early = chosen[chosen["family"] == family].groupby("tuner")["soon"].agg(["sum", "count"])
         early = early[early["count"] >= FEWEST].sort_values("sum", ascending=False)
-        counts = (f"{name} {row['sum']} of {row['count']}" for name, row in early.iterrows() if name != STATIC)
+        met = ((str(name), f"{row['sum']} of {row['count']}") for name, row in early.iterrows())
+        counts = (f"{listed(name)} {words}" for name, words in met if name != STATIC)
         holds.append(
             f"On {family} GR-Gauge needs "
-            + (f"fewer samples than {', '.join(fewer)}" if fewer else "fewer samples than nobody")
+            + f"fewer samples than {', '.join(fewer) or 'nobody'}"
             + (f", and more than {', '.join(more)}" if more else "")
             + f"; within {LIMIT:g} static runs the target was met by {', '.join(counts)}."
         )
         for verdict, words in (("undecided", "is undecided against"), ("no ratio", "has no ratio to")):
             if verdict in verdicts:
                 not_so.append(f"On {family} GR-Gauge {words} {', '.join(verdicts[verdict])}.")
-    return " ".join(holds), " ".join(not_so)
+    return "\n".join(holds), "\n".join(not_so)
+
+
+def listed(tuner: str) -> str:
+    """Its name without a comma, as lists have commas of their own."""
+    name, comma, kind = tuner.partition(", ")
+    return f"{name} ({kind})" if comma else name
 
 
 def soon(rows: pd.DataFrame) -> pd.DataFrame:

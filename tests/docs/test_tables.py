@@ -66,11 +66,11 @@ def test_differences_in_training_are_paired_by_seed(root):
     assert tables(root).returncode == 0
     page = (root / "docs/large-models.md").read_text("utf-8").split("**Chess** (1,000 parameters, 10 steps of 8")[1]
     rows = {row[0]: row[1:] for row in row_of(page, "|")}
-    assert rows["`torch.optim.AdamW`, float32"] == ["12", "20", "1.00", "2 ± 1", "–", "5 ± 0", "–"]
+    assert rows["`torch.optim.AdamW`, float32"] == ["12", "20", "1.00", "2<br>± 1", "–", "5<br>± 0", "–"]
     assert rows["`grgauge.AdamW`, float32"][4] == "0"
     # 0.1, 0.1 and 0.4: mean 0.2, standard error 0.1, and Student's t for two degrees of freedom is 4.303.
     states = rows["`grgauge.AdamW`, moments in bfloat16"]
-    assert states == ["12", "20", "0.70", "2.2 ± 1.2", "+0.2 (-0.23 to +0.63)", "5 ± 0", "0"]
+    assert states == ["12", "20", "0.70", "2.2<br>± 1.2", "+0.2<br>(-0.23 to +0.63)", "5<br>± 0", "0"]
     assert set(rows["`torch.optim.AdamW`, all bfloat16"]) == {"–"}  # one seed has no spread
 
 
