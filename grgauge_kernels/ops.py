@@ -1,4 +1,4 @@
-"""The two ops: schemas, fakes, input checks and the choice of backend.
+"""The two ops: schemas, fakes and the choice of backend.
 
 For each element of each chunk of a plan, in one pass:
 
@@ -28,16 +28,12 @@ import torch
 from torch import Tensor
 
 from .backends import Repeated, Update, cpu, cuda, reference, triton
-from .bucket import DTYPES, Plan, require_dense
+from .bucket import Plan
+from .checks import check_adamw, check_scalar, check_states, checked
 from .stream import Stream
 
 STATS = ("grad_sq", "ema_sq", "grad_abs", "delta_sq", "delta_abs", "nonfinite")
 """Names of the six columns of the stats tensor: sums of g^2, m^2, |g|, delta^2, |delta|, and the non-finite count."""
-
-MOMENTS = ("exp_avgs", "exp_avg_sqs")
-"""Streams that are float32 or bfloat16, both of one dtype, whatever the gradients and parameters are."""
-
-MOMENT_DTYPES, FLOATS = frozenset((torch.float32, torch.bfloat16)), frozenset(DTYPES)
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
@@ -160,10 +156,10 @@ def measure_(
         tensor([0., 1.], dtype=torch.float64)
     """
     traced = _traced()
-    (grads,) = _checked(plan, traced, grads=grads)
-    _check_states(plan, ema, previous, beta)
+    (grads,) = checked(plan, traced, grads=grads)
+    check_states(plan, ema, previous, beta)
     if inv_scale is not None:
-        _check_scalar("inv_scale", inv_scale, plan)
+        check_scalar("inv_scale", inv_scale, plan)
     args = (grads, plan.rows, plan.segments, ema, previous, beta, inv_scale)
     if traced and ema is None and previous is None:
         return torch.ops.grgauge.measure.default(grads, plan.rows, plan.segments, inv_scale, backend)
@@ -316,43 +312,25 @@ def prepare_adamw_(
     fixed = params, exp_avgs, exp_avg_sqs, step, ema, previous, inv_scale, found_inf, clip
     traced = _traced()
     if isinstance(lr, float) and not traced and plan.repeated is not None and plan.repeated.is_of(fixed, options):
-        (grads,) = _checked(plan, traced, grads=grads)
+        (grads,) = checked(plan, traced, grads=grads)
         if grads.in_order:  # type: ignore[attr-defined]  # it is a Stream
             return _prepared(functools.partial(plan.repeated.prepare, grads, lr), plan.repeated.update, grads)
-    grads, params, exp_avgs, exp_avg_sqs = _checked(
+    grads, params, exp_avgs, exp_avg_sqs = checked(
         plan, traced, grads=grads, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
     )
-    _check_states(plan, ema, previous, beta)
+    check_states(plan, ema, previous, beta)
     for name, value in (("inv_scale", inv_scale), ("found_inf", found_inf), ("clip", clip)):
         if value is not None:
-            _check_scalar(name, value, plan)
+            check_scalar(name, value, plan)
     lr_tensor = lr if isinstance(lr, Tensor) else None
     if lr_tensor is not None:
-        _check_scalar("lr", lr_tensor, plan, dtypes=(torch.float32, torch.float64))
+        check_scalar("lr", lr_tensor, plan, dtypes=(torch.float32, torch.float64))
+    check_adamw(plan, params, exp_avgs, exp_avg_sqs, step, betas, seed, stochastic_rounding)
     beta1, beta2 = betas
-    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
-        raise ValueError(f"betas is {betas}; both must lie in [0, 1)")
+    moment = exp_avgs[0].dtype
     if not isinstance(step, Tensor):
         # a fill: a copy would wait for the device
         step = torch.full((), float(step), dtype=torch.float32, device=plan.rows.device)
-    elif torch.compiler.is_compiling():
-        pass  # a tracer has symbols for sizes, and cannot put them into a message
-    elif step.dtype != torch.float32 or step.numel() not in (1, plan.segments) or step.device != plan.rows.device:
-        raise ValueError(
-            f"step is {step.dtype} {tuple(step.shape)} on {step.device}; it must be an int, or float32 [] or "
-            f"[{plan.segments}] on {plan.rows.device}"
-        )
-    moment = exp_avgs[0].dtype
-    if exp_avg_sqs[0].dtype != moment:
-        raise TypeError(
-            f"exp_avg_sqs has dtype {_names([exp_avg_sqs[0].dtype])}; it must be exp_avgs' {_names([moment])}"
-        )
-    if not (isinstance(seed, int) and 0 <= seed < 2**32):
-        raise ValueError(f"seed is {seed!r}; it must be an int in [0, 2**32)")
-    if stochastic_rounding and params[0].dtype != torch.bfloat16:
-        raise TypeError(
-            f"params has dtype {_names([params[0].dtype])}; with stochastic_rounding=True it must be bfloat16"
-        )
     update = Update(
         params,
         grads,
@@ -430,92 +408,3 @@ def _traced() -> bool:
     Otherwise the kernel is called directly, which saves a quarter of a step at 0.1 M parameters.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _checked(plan: Plan, traced: bool, **streams: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The lists, checked: a tensor for each segment, or the one flat buffer, all as the plan and the kernels need."""
-    if traced:  # a tracer cannot follow subclasses of tuple
-        _explain_all(plan, streams)
-        return [list(tensors) for tensors in streams.values()]
-    try:
-        checked = [tensors if isinstance(tensors, Stream) else Stream(tensors) for tensors in streams.values()]
-    except RuntimeError:  # sparse tensors have no address
-        _explain_all(plan, streams)
-        raise
-    for name, stream in zip(streams, checked, strict=True):
-        dtypes = _dtypes_of(name)
-        if stream.checked_for == (plan, dtypes):  # a stream that is kept from step to step
-            continue
-        placed = not stream or (stream[0].dtype in dtypes and stream[0].device == plan.rows.device)
-        if placed and stream.in_order and stream.sizes == plan.stream_sizes:
-            stream.checked_for = plan, dtypes
-        else:  # if it is only not row-major, its strides have to be compared with the gradients' every time
-            _explain_all(plan, streams)
-    return list(checked)
-
-
-def _dtypes_of(name: str) -> frozenset[torch.dtype]:
-    """What the tensors of that name may have."""
-    return MOMENT_DTYPES if name in MOMENTS else FLOATS
-
-
-def _explain_all(plan: Plan, streams: dict[str, Sequence[Tensor]]) -> None:
-    for name, tensors in streams.items():
-        _explain(plan, name, tensors)
-    _check_layout(streams)
-
-
-def _explain(plan: Plan, name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise an error that names what is wrong with a stream; return if it is only not row-major."""
-    bucket = plan.bucket
-    if plan.flat:
-        if len(tensors) != 1 or tensors[0].numel() < bucket.extent or not tensors[0].is_contiguous():
-            raise ValueError(f"{name} must be the one flat buffer of {bucket.extent} elements that the plan is for")
-    elif len(tensors) != plan.segments:
-        raise ValueError(f"{name} has {len(tensors)} tensors, the plan {plan.segments} segments")
-    allowed = _dtypes_of(name)
-    for i, t in enumerate(tensors):
-        if not plan.flat and t.numel() != bucket.sizes[i]:
-            raise ValueError(f"{name}[{i}] has {t.numel()} elements, segment {i} has {bucket.sizes[i]}")
-        if t.device != plan.rows.device:
-            raise ValueError(f"{name}[{i}] is on {t.device}, the plan on {plan.rows.device}")
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or not dtypes.issubset(allowed):
-        raise TypeError(f"{name} has dtype {_names(dtypes)}; it must be {_names(allowed)}, the same in all tensors")
-
-
-def _check_layout(streams: dict[str, Sequence[Tensor]]) -> None:
-    """Kernels go through memory in order, so all tensors of a segment must be dense and have the same strides."""
-    for name, tensors in streams.items():
-        for i, (t, grad) in enumerate(zip(tensors, streams["grads"], strict=True)):
-            require_dense(t, f"{name}[{i}]")
-            if t.stride() != grad.stride() and not (t.is_contiguous() and grad.is_contiguous()):
-                raise ValueError(
-                    f"{name}[{i}] has strides {t.stride()}, grads[{i}] {grad.stride()}; they must be equal"
-                )
-
-
-def _check_states(plan: Plan, ema: Tensor | None, previous: Tensor | None, beta: float) -> None:
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta is {beta}; it must lie in (0, 1)")
-    for name, state in (("ema", ema), ("previous", previous)):
-        if state is None:
-            continue
-        if state.dtype != torch.float32 or state.shape != (plan.states,) or not state.is_contiguous():
-            raise ValueError(
-                f"{name} is {state.dtype} {tuple(state.shape)}; it must be contiguous float32 [{plan.states}]"
-            )
-        if state.device != plan.rows.device:
-            raise ValueError(f"{name} is on {state.device}, the plan on {plan.rows.device}")
-
-
-def _check_scalar(name: str, value: Tensor, plan: Plan, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    if value.dtype not in dtypes or value.numel() != 1 or value.device != plan.rows.device:
-        raise ValueError(
-            f"{name} is {value.dtype} {tuple(value.shape)} on {value.device}; it must hold one {_names(dtypes)} on "
-            f"{plan.rows.device}"
-        )
-
-
-def _names(dtypes: object) -> str:
-    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
