@@ -98,6 +98,23 @@ def test_a_long_last_trial_leaves_the_tuning_its_room(tmp_path):
     assert "goes on to" not in even
 
 
+def test_a_study_that_still_trains_says_where_it_is(tmp_path):
+    live = segment(1, "RUNNING", lr=1e-3, parent=0, reason=None, decision=None)
+    said = words(report.write(stored(tmp_path / "live.db", [segment(0), live]), tmp_path / "live.html"))
+    assert "Still training: trial 1, lr 1e-3, batch 64. No verdict yet." in said
+    assert "Learning rate 1e-3 trial 1, running" in said
+    assert "still running" in said
+
+
+def test_the_finding_is_the_title_and_a_shared_reason_is_given_once(tmp_path):
+    verdict = "lr 1e-3, batch 64: loss 2; LR: cannot tell (late); batch: cannot tell (late)."
+    path = report.write(stored(tmp_path / "one.db", [segment(0)], verdict=verdict), tmp_path / "one.html")
+    assert "<h1>lr 1e-3, batch 64: loss 2</h1>" in path.read_text("utf-8").replace(
+        "<span class='whole'>1e-3</span>", "1e-3"
+    )
+    assert "LR and batch: cannot tell (late)." in words(path)
+
+
 def test_target_of_the_study_is_drawn(tmp_path):
     target = {"gr_t": 10.0, "gr_s": 0.3, "gr_t_zone": [9.0, 11.0], "gr_s_zone": [0.25, 0.35]}
     db = stored(tmp_path / "run.db", [segment(0)], target=target)

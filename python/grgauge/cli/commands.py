@@ -332,7 +332,7 @@ def _report(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({**study.to_dict(), "report": str(options.out.absolute())})
     else:
-        print(f"{study.headline}\nReport: {options.out.absolute()}")
+        print(f"{study.verdict or study.headline}\nReport: {options.out.absolute()}")
     return 0
 
 

@@ -124,12 +124,12 @@ class Scale:
 def _samples_axis(study: Study, width: float) -> Scale:
     """The axis that the timeline and the curves share, so that they can be read together.
 
-    Where the last trial costs more than twice what all before it did, the axis ends at three times that, so that the
-    tuning can be seen beside it.
+    Where the study costs far more than what came before the last trial, the axis ends at three times that, so that the
+    tuning can be seen beside it. A cut that would save less than a third is not made.
     """
     end = max([1.0, *(trial.end for trial in study.trials)])
     before = max([0.0, *(trial.end for trial in study.trials[:-1])])
-    return Scale(0.0, 3.0 * before if end > 3.0 * before > 0.0 else end, _gutter(width), width - 14.0)
+    return Scale(0.0, 3.0 * before if end > 4.5 * before > 0.0 else end, _gutter(width), width - 14.0)
 
 
 def _gutter(width: float) -> float:

@@ -39,6 +39,7 @@ def page(study: Study) -> str:
         study=escape(study.name),
         finding=escape(f"{numerals.clip(study.headline.partition(chr(10))[0], 120)} · GR-Gauge"),
         headline=_rich(study.headline),
+        rest=charts.tag("p", _rich(study.rest), class_="rest") if study.rest else "",
         tiles=_tiles(study),
         body=_body(study) if study.trials else EMPTY,
         gr_t=f"{study.target.gr_t:g}",
@@ -64,7 +65,9 @@ def _rich(words: str) -> str:
 
 def _tiles(study: Study) -> str:
     decay = "" if math.isnan(study.decay) else f"weight decay {numerals.scientific(study.decay)}"
-    from_trial = "" if study.best is None else f"trial {study.best.number}"
+    shown = study.best or study.running
+    from_trial = f"trial {shown.number}{', running' * (shown is study.running)}" if shown else ""
+    lr, batch = (study.running.lr, study.running.batch) if study.running else (study.lr, study.batch)
     if not math.isnan(study.budget) and study.budget > 0.0 and not math.isnan(study.used):
         share = f"{study.used / study.budget:.0%} of {numerals.count(study.budget)} samples"
     else:
@@ -74,8 +77,8 @@ def _tiles(study: Study) -> str:
     seconds = [trial.seconds for trial in study.trials if not math.isnan(trial.seconds)]
     took = numerals.duration(sum(seconds)) if seconds else ""
     tiles = [
-        ("Learning rate", numerals.scientific(study.lr), from_trial),
-        ("Batch size", numerals.count(study.batch), decay),
+        ("Learning rate", numerals.scientific(lr), from_trial),
+        ("Batch size", numerals.count(batch), decay),
         ("Cost", numerals.count(study.used), share),
         ("Trials", str(len(study.trials)), " · ".join(filter(None, [outcomes, took]))),
     ]
@@ -110,6 +113,7 @@ def _body(study: Study) -> str:
     link = charts.tag("li", charts.tag("i", class_="swatch link"), "inherited weights") if heirs else ""
     lines = charts.tag("ul", legend, class_="legend column")
     aside = charts.tag("div", "<h3>Lines of weights</h3>", lines, ARROWS, class_="aside")
+    compared = any(" probe" in words for trial in study.trials for words in (trial.evidence, *trial.notes))
     sections = [
         _section(
             "Where the gauges went",
@@ -124,7 +128,8 @@ def _body(study: Study) -> str:
         ),
         _section(
             "How training went",
-            "Over the same samples, in the colours of the lines of weights; gauges as read, early ones included.",
+            "Over the same samples, in the colours of the lines of weights; gauges as read, early ones included."
+            + " While two learning rates are compared nothing is drawn." * compared,
             _twice(charts.curves, study),
         ),
         _section("Trials", "", _table(study)),
@@ -204,7 +209,8 @@ def _row(trial: Trial, study: Study, decays: bool) -> str:
         numerals.short(gr_t),
         UNKNOWN if math.isnan(gr_s) else f"{gr_s:.2f}",
     ]
-    first, rest = trial.reason[:180], trial.reason[180:]
+    ended = "still running" if trial.outcome == "running" and trial.reason == UNKNOWN else trial.reason
+    first, rest = ended[:180], ended[180:]
     reason = _rich(first) if not rest else f"<details><summary>{_rich(first)}…</summary>…{_rich(rest)}</details>"
     asides = [words for words in (trial.evidence, *trial.notes) if words]
     evidence = "".join(charts.tag("small", _rich(numerals.clip(words, 240))) for words in asides)

@@ -173,10 +173,26 @@ class Study:
         return Counter(trial.outcome for trial in self.trials)
 
     @property
+    def running(self) -> Trial | None:
+        """The trial that is being trained, as long as there is no verdict."""
+        newest = self.trials[-1] if self.trials else None
+        return newest if newest and newest.outcome == "running" and not self.verdict else None
+
+    @property
     def headline(self) -> str:
+        """The verdict's first clause, which is the finding; `rest` has the others."""
         if self.verdict:
-            return self.verdict
+            return self.verdict.partition("; ")[0]
+        if self.running:
+            lr, batch = numerals.scientific(self.running.lr), numerals.count(self.running.batch)
+            return f"Still training: trial {self.running.number}, lr {lr}, batch {batch}. No verdict yet."
         return "No verdict has been stored yet." if self.trials else "No trial has been stored yet."
+
+    @property
+    def rest(self) -> str:
+        """What the verdict says after the finding; a reason that learning rate and batch share is given once."""
+        words = self.verdict.partition("; ")[2]
+        return re.sub(r"LR: cannot tell (\(.*\)); batch: cannot tell \1", r"LR and batch: cannot tell \1", words)
 
     def to_dict(self) -> dict[str, Any]:
         """The key figures, ready for JSON except for numbers that are not finite."""
@@ -302,10 +318,12 @@ def _evidence(decision: Mapping[str, Any]) -> str:
     """The decision and what it is based on, such as "retune · too low: GR_T 4.1 in [3.7, 4.6]"."""
     evidence = _mapping(decision.get("evidence"))
     value, interval = _number(evidence.get("value")), [_number(end) for end in _list(evidence.get("interval"))]
+    rule = _words(decision.get("rule")) or _words(evidence.get("rule"))
     number = "" if math.isnan(value) else f"{_words(evidence.get('quantity'))} {value:.3g}"
     if number and len(interval) == 2 and not any(map(math.isnan, interval)):
-        number += f" in [{interval[0]:.3g}, {interval[1]:.3g}]"
-    rule = _words(decision.get("rule")) or _words(evidence.get("rule"))
+        # a comparison's interval is that of the loss it is compared with
+        word = "against" if rule == "probe" else "in"
+        number += f" {word} [{interval[0]:.3g}, {interval[1]:.3g}]"
     return " · ".join(filter(None, [_words(decision.get("kind")), ": ".join(filter(None, [rule, number]))]))
 
 
