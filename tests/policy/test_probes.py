@@ -41,6 +41,27 @@ def test_at_a_usual_learning_rate_the_first_one_waits():
     assert step == 600
 
 
+@pytest.mark.parametrize(("gr_t", "first"), [(14.0, 60), (18.0, 600)])
+def test_the_first_one_does_not_wait_where_gradients_agree_but_for_their_noise(gr_t, first):
+    """Of the squared norm noise has the share 0.896, and alone it reads 19: the rest reads 4.2 (6.0 at most) and 12 (22)."""
+    usual = Policy(lr_bounds=(CONFIG.lr / 10 ** (5 * 4 / 9), CONFIG.lr * 10 ** (5 * 5 / 9)))
+    for step in range(5, 1005, 5):
+        sharp = replace(READING, step=step, gr_t=gr_t, gr_t_error=0.05 * gr_t, gr_s=0.9, gr_s_error=0.02)
+        if isinstance(usual.observe(sharp, CONFIG, loss=3.0 - step / 500), Probe):
+            assert step == first
+            return
+    pytest.fail("no probe")
+
+
+@pytest.mark.parametrize("gr_t", [0.0, 5e-324, 1e300, float("inf"), float("nan"), None])
+@pytest.mark.parametrize("gr_s_error", [None, float("nan"), float("inf"), 0.0])
+def test_a_gr_t_without_meaning_does_not_hurry_it(gr_t, gr_s_error):
+    usual = Policy(lr_bounds=(CONFIG.lr / 10 ** (5 * 4 / 9), CONFIG.lr * 10 ** (5 * 5 / 9)))
+    for step in range(5, 595, 5):
+        odd = replace(READING, step=step, gr_t=gr_t, gr_s=0.9, gr_s_error=gr_s_error)
+        assert not isinstance(usual.observe(odd, CONFIG, loss=3.0 - step / 500), Probe)
+
+
 def test_after_a_higher_one_that_is_a_little_worse_the_next_probe_goes_down_after_a_while():
     policy = Policy()
     _, step = hidden(policy, 5, 105)

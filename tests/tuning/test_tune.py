@@ -33,10 +33,11 @@ def mlp(trial, digits, optimizer=torch.optim.AdamW):
 
 @pytest.mark.parametrize("start", [Config(1e-5, 512), Config(0.5, 64), Config(1e-4, 8)])
 def test_digits_are_learned_from_a_bad_start(start, digits, go):
-    result = go(lambda trial: mlp(trial, digits), budget=10_000, start=start)
+    budget = 10_000 + 2 * 4 * 32  # to train on, and to compare the newest weights with their average
+    result = go(lambda trial: mlp(trial, digits), budget=budget, start=start)
     assert result.output > 0.85  # a static grid's best is 0.92
     assert 1e-3 < result.config.lr < 0.1
-    assert result.used <= 10_000 + 512
+    assert result.used <= budget + 512
     assert result.trials[-1].config == result.config
 
 
@@ -375,7 +376,7 @@ def test_long_curves_are_thinned(regression, go):
     result = go(lambda trial: linear(trial, regression), orders={}, start=Config(1e-3, 8), budget=4000, every=1)
     (trial,) = result.trials
     assert 150 < len(trial.losses) <= 300
-    assert trial.losses[-1][0] == 4000
+    assert trial.losses[-1][0] == 4000 - 2 * 4 * 8  # the rest compares the newest weights with their average
     assert trial.losses[0][0] < 100
 
 

@@ -11,6 +11,7 @@ from .decisions import Continue, Decision, Evidence, Probe
 from .loss_rules import plateau, rival_further, stall
 from .moves import Moves, State
 from .rules import RULES
+from .watch import signal_of
 
 
 def batch_size(moves: Moves, reading: Reading) -> Decision | None:
@@ -78,14 +79,15 @@ def probe(moves: Moves, reading: Reading) -> Decision | None:
     if (_finite(reading.gr_s) or 0.0) <= RULES.probe_gr_s or _decaying(s):
         return None
     evidence = Evidence("probe", s.course.step, "GR_S", reading.gr_s)
-    return _asked(moves, s.probe_down, "GR_S says that GR_T cannot tell", evidence)
+    return _asked(moves, reading, s.probe_down, "GR_S says that GR_T cannot tell", evidence)
 
 
-def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe | None:
+def _asked(moves: Moves, reading: Reading, down: bool, reason: str, evidence: Evidence) -> Probe | None:
     """A probe of a higher or a lower learning rate, if it is time for one and there is room."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
     usual = abs(math.log(old.lr / limits.usual_lr)) < 0.5 * math.log(RULES.probe_factor)
-    begun = s.steps >= RULES.probe_steps * (RULES.probe_usual if usual else 1.0)
+    good = usual and not _aligned(reading, limits.z)
+    begun = s.steps >= RULES.probe_steps * (RULES.probe_usual if good else 1.0)
     due = begun and course.age >= RULES.settled_steps and course.samples >= s.next_probe
     if not due or course.moves >= limits.max_moves or s.losses.first is None:
         return None
@@ -117,7 +119,7 @@ def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | N
     if gr_s > limits.blind:
         return plateau(moves) or Continue("GR_S says that GR_T is blind", replace(evidence, rule="blind"))
     if gr_t * reach < low:
-        return _too_low(moves, gr_t, reach, evidence)
+        return _too_low(moves, reading, gr_t, reach, evidence)
     too_high = gr_t / reach > high
     shows = (s.hurt and gr_t > high) or (too_high and gr_t > RULES.overshot * high and s.losses.learned())
     if shows and _begun_badly(s):
@@ -133,7 +135,7 @@ def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | N
     return plateau(moves) or rival_further(moves) or Continue("in the zone", evidence)
 
 
-def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Decision:
+def _too_low(moves: Moves, reading: Reading, gr_t: float, reach: float, evidence: Evidence) -> Decision:
     """The rule that raises the learning rate: by (GR_T*/GR_T)^gain, once GR_T has had its time to rise."""
     s, limits, old = moves.state, moves.settings, moves.state.course.now
     # Once: with small batches a first loss low by chance is enough to look hurt.
@@ -152,7 +154,7 @@ def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Dec
         return rival_further(moves) or Continue("below the zone, just below a learning rate that failed", evidence)
     unclear = gr_t * reach > RULES.clearly_low * limits.target.gr_t_zone[0]
     if unclear and s.losses.learned() and old.batch_size <= RULES.cheap_batch:
-        probe = _asked(moves, False, "GR_T may be too low", evidence)
+        probe = _asked(moves, reading, False, "GR_T may be too low", evidence)
         return probe or Continue("below the zone, but not clearly", evidence)
     return moves.to(lr, batch, "the learning rate is too low", evidence)
 
@@ -196,6 +198,16 @@ def full_grown(gr_t: float, finite_time_factor: float) -> float:
         return gr_t / finite_time_factor
     signal = (young - gr_t) / (young * max(gr_t - 1.0, 1e-9))
     return (1.0 + signal) / (signal + 1.0 / white)
+
+
+def _aligned(reading: Reading, z: float) -> bool:
+    """Gradients without their noise agree more than at any good learning rate, by the interval of GR_T without it."""
+    known = [x for x in (reading.gr_t_error, reading.gr_s, reading.gr_s_error) if x is not None]
+    sound = min(reading.gr_t or 0.0, reading.finite_time_factor) > 1.0 / RULES.largest
+    if not sound or not all(map(math.isfinite, (reading.gr_t or 0.0, *known))):
+        return False
+    signal, error = signal_of(reading)
+    return signal + z * error < math.log10(RULES.probe_signal)
 
 
 def _begun_badly(s: State) -> bool:

@@ -216,9 +216,9 @@ class Trial(View):
     @property
     def _compared(self) -> int:
         """Batches on which the newest weights and their average are compared at the end, each: half a percent of the
-        budget; none where that is fewer than 4, which would tell nothing."""
-        count = self.budget // (200 * self.batch_size)
-        return count if count >= 4 and self.averaged is not None else 0
+        budget, and at least 4, since fewer would tell nothing; none where those are more than 2 percent of it."""
+        count = max(self.budget // (200 * self.batch_size), 4)
+        return count if 50 * count * self.batch_size <= self.budget and self.averaged is not None else 0
 
     def _over(self) -> bool:
         """All is used, but for what the comparison at the end takes."""

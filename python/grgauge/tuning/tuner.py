@@ -43,7 +43,7 @@ class Result:
         config: the recommended learning rate, batch size in samples and weight decay.
         model: trained, as the training function left it; with averaged weights, and BatchNorm's statistics of those,
             where their training loss was lower at the end (on as many batches as half a percent of the budget makes,
-            if those are 4 or more; of a model that fully_shard was applied to never).
+            and at least 4; never in a budget of fewer than 200 steps, or of a model that fully_shard was applied to).
         loss: its training loss: the mean of the last 20 steps, or of that comparison if the weights are averaged.
         used: samples taken in all.
         verdict: in words, one line.
