@@ -41,6 +41,11 @@ def test_digits_are_learned_from_a_bad_start(start, digits, go):
     assert result.trials[-1].config == result.config
 
 
+def test_the_verdict_of_a_long_run_rests_on_the_readings_around_step_50(digits, go):
+    result = go(lambda trial: mlp(trial, digits), space={"lr": 1e-3, "batch_size": 16}, start=None, budget=16 * 500)
+    assert "at steps 40 to 60" in result.verdict
+
+
 def test_a_convolutional_network_and_our_own_optimizer(digits, go):
     data, (x, y) = digits
 

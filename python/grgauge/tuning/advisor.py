@@ -10,7 +10,7 @@ from torch import Tensor
 from .._validation import require_count
 from ..gauge import Gauge
 from ..optim.learning_rates import highest_lr, peak_lr
-from ..policy import Config, Decision, Policy, Retune, Stop, verdict
+from ..policy import Config, Decision, Policy, Retune, Stop
 from ..reading import Reading
 from .ranks import World
 
@@ -87,7 +87,7 @@ class Advisor:
                 self._seen, self._advice = reading, decision
         printing = self._steps % self.every == 0 and (self._gauge._ranks is None or self._gauge._ranks.rank == 0)
         if reading is not None and printing:
-            self._print(f"{figures(reading)} — {verdict(reading, self.policy.target)}; {self._advice}")
+            self._print(f"{figures(reading)} — {self._gauge.advice(target=self.policy.target)}; {self._advice}")
         return self._advice
 
     def _ask(self, reading: Reading | None) -> Decision:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._validation import require, require_count
 from ..invariance import Rule, Space, unsearched
-from ..policy import Config, Policy, verdict
+from ..policy import Config, Policy
 from ..policy.settings import USUAL_LR
 from .loop import Loop
 from .ranks import World
@@ -176,7 +176,7 @@ def tune(
         assert trial.model is not None
         records = trials.records()
         stored = world.on_rank_0(lambda: trials.study.user_attrs.get("verdict"))
-        words = stored if stored and trial.was_finished else _verdict(trial, loop.policy, len(records))
+        words = stored if stored and trial.was_finished else _verdict(trial, loop, len(records))
         trials.note(used=trial.used, verdict=words, recommendation=asdict(trial.config))
     if trial.was_finished:
         words += (
@@ -218,9 +218,9 @@ def _bounds(space: Ends | Space) -> dict[str, tuple[float, float]]:
     return bounds
 
 
-def _verdict(trial: Trial, policy: Policy, count: int) -> str:
-    reading = trial.reading
-    gauges = "no reading" if reading is None else verdict(reading, policy.target)
+def _verdict(trial: Trial, loop: Loop, count: int) -> str:
+    advice = None if loop.gauge is None else loop.gauge.advice(target=loop.policy.target)
+    gauges = advice or "no reading"
     end = f" Stopped early: {trial.record.reason}." if trial.record.state == "PRUNED" else ""
     least, most = trial.bounds.get("weight_decay", (0.0, 0.0))
     decay = f", {unsearched(trial.config, trial.steps)}" if least < most else ""
