@@ -76,17 +76,18 @@ def probe(moves: Moves, reading: Reading) -> Decision | None:
     """Noise hides the learning rate from GR_T, at any value: another one is tried beside the present one. Up first, and
     down where that has failed."""
     s = moves.state
+    s.aligned = s.aligned + 1 if _aligned(reading, moves.settings.z) else 0
     if (_finite(reading.gr_s) or 0.0) <= RULES.probe_gr_s or _decaying(s):
         return None
     evidence = Evidence("probe", s.course.step, "GR_S", reading.gr_s)
-    return _asked(moves, reading, s.probe_down, "GR_S says that GR_T cannot tell", evidence)
+    return _asked(moves, s.probe_down, "GR_S says that GR_T cannot tell", evidence)
 
 
-def _asked(moves: Moves, reading: Reading, down: bool, reason: str, evidence: Evidence) -> Probe | None:
+def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe | None:
     """A probe of a higher or a lower learning rate, if it is time for one and there is room."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
     usual = abs(math.log(old.lr / limits.usual_lr)) < 0.5 * math.log(RULES.probe_factor)
-    good = usual and not _aligned(reading, limits.z)
+    good = usual and s.aligned < RULES.readings
     begun = s.steps >= RULES.probe_steps * (RULES.probe_usual if good else 1.0)
     due = begun and course.age >= RULES.settled_steps and course.samples >= s.next_probe
     if not due or course.moves >= limits.max_moves or s.losses.first is None:
@@ -119,7 +120,7 @@ def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | N
     if gr_s > limits.blind:
         return plateau(moves) or Continue("GR_S says that GR_T is blind", replace(evidence, rule="blind"))
     if gr_t * reach < low:
-        return _too_low(moves, reading, gr_t, reach, evidence)
+        return _too_low(moves, gr_t, reach, evidence)
     too_high = gr_t / reach > high
     shows = (s.hurt and gr_t > high) or (too_high and gr_t > RULES.overshot * high and s.losses.learned())
     if shows and _begun_badly(s):
@@ -135,7 +136,7 @@ def learning_rate(moves: Moves, reading: Reading, warming: bool) -> Decision | N
     return plateau(moves) or rival_further(moves) or Continue("in the zone", evidence)
 
 
-def _too_low(moves: Moves, reading: Reading, gr_t: float, reach: float, evidence: Evidence) -> Decision:
+def _too_low(moves: Moves, gr_t: float, reach: float, evidence: Evidence) -> Decision:
     """The rule that raises the learning rate: by (GR_T*/GR_T)^gain, once GR_T has had its time to rise."""
     s, limits, old = moves.state, moves.settings, moves.state.course.now
     # Once: with small batches a first loss low by chance is enough to look hurt.
@@ -154,7 +155,7 @@ def _too_low(moves: Moves, reading: Reading, gr_t: float, reach: float, evidence
         return rival_further(moves) or Continue("below the zone, just below a learning rate that failed", evidence)
     unclear = gr_t * reach > RULES.clearly_low * limits.target.gr_t_zone[0]
     if unclear and s.losses.learned() and old.batch_size <= RULES.cheap_batch:
-        probe = _asked(moves, reading, False, "GR_T may be too low", evidence)
+        probe = _asked(moves, False, "GR_T may be too low", evidence)
         return probe or Continue("below the zone, but not clearly", evidence)
     return moves.to(lr, batch, "the learning rate is too low", evidence)
 

@@ -55,6 +55,7 @@ class State:
     peak: float = 0.0  # its highest
     recent: list[float] = field(default_factory=list)  # log GR_T of the newest readings under this configuration
     away: int = 0  # checks in a row that found the batch outside its zone
+    aligned: int = 0  # ... that found gradients in agreement but for their noise
     found: bool = False  # GR_T has been in the zone or above it
     hurt: bool = False  # the loss has been well above that of untrained weights
     climbed: bool = False  # these weights have seen the learning rate rise to where it is
@@ -90,7 +91,7 @@ class Moves:
     def begin(self) -> None:
         """A configuration begins: its gauges start cold."""
         self.state.course.begin()
-        self.state.recent, self.state.away = [], 0
+        self.state.recent, self.state.away, self.state.aligned = [], 0, 0
 
     def to(self, lr: float, batch: float, reason: str, evidence: Evidence) -> Decision:
         """To another configuration with the weights at hand, which are saved first."""

@@ -85,8 +85,8 @@ class Rules:
     probe_gr_s: float = 0.8
     probe_steps: int = 60  # before one, and of each side: with half as many two tasks of three were lost, ...
     probe_usual: float = 10.0  # times as many first at a usual learning rate: most are good, so it may cost a tenth
-    probe_signal: float = 8.0  # ... but not where GR_T without noise, `signal_of`, is below that by its interval: of
-    # the public table's early readings at LR 1.7e-3 one in two hundred is, at a tenth of it six in ten
+    probe_signal: float = 8.0  # ... but not where GR_T without noise, `signal_of`, is below that by its interval, in
+    # `readings` in a row: of the public table's early ones at LR 1.7e-3 one in two hundred is, at a tenth six in ten
     probe_share: float = 0.15  # ... but at least that share of all steps so far
     probe_factor: float = 3.0  # between the two
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
