@@ -23,6 +23,9 @@ RISE = 1.01
 DROP = 1.5
 """One that falls by more between two readings was changed by hand, or by a schedule of steps."""
 
+LEAST, DECADES = 1e-3, 10.0
+"""No GR_T is below one, and no error says less than the other: beyond, powers of ten would overflow."""
+
 EXPLODED = 1.5
 """Times the first loss: beyond what noise and a cold optimizer do."""
 
@@ -63,7 +66,9 @@ def signal_of(reading: Reading, count: float = 1.0) -> tuple[float, float]:
     count  independent readings that GR_T is the median of, in effect
     """
     assert reading.gr_t is not None
-    x, error = math.log10(reading.gr_t), (reading.gr_t_error or 0.0) / reading.gr_t / math.log(10.0) / math.sqrt(count)
+    gr_t = max(reading.gr_t, LEAST)
+    x, error = math.log10(gr_t), (reading.gr_t_error or 0.0) / gr_t / math.log(10.0) / math.sqrt(count)
+    error = min(max(error, 0.0), DECADES)
     white = math.log10(theory.uncorrelated() * reading.finite_time_factor)
 
     def signal(x: float, noise: float) -> float:
