@@ -133,7 +133,12 @@ def soon(rows: pd.DataFrame) -> pd.DataFrame:
 def of_seconds(rows: pd.DataFrame) -> tuple[str, str]:
     tuners = costs_of(rows, "raw", "best", "seconds")
     ours = {name: own for name, own in tuners.items() if name.startswith(OURS)}
-    medians = (f"{name} {np.median(v):.2g} on {family}" for name, own in ours.items() for family, v in own.items())
+    medians = (
+        f"{name} {np.median(values):.2g} on {family}"
+        for name, own in ours.items()
+        for family, values in own.items()
+        if math.isfinite(np.median(values))
+    )
     return (
         f"In static runs' seconds: {'; '.join(medians)}.",
         "Rows were recorded on a busy machine, at different times: no tuner is faster than another by them.",
