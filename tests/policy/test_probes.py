@@ -43,7 +43,7 @@ def test_at_a_usual_learning_rate_the_first_one_waits():
 
 @pytest.mark.parametrize(("gr_t", "first"), [(14.0, 60), (18.0, 600)])
 def test_the_first_one_does_not_wait_where_gradients_agree_but_for_their_noise(gr_t, first):
-    """Of the squared norm noise has the share 0.896, and alone it reads 19: the rest reads 4.2 (6.0 at most) and 12 (22)."""
+    """Noise alone reads 19 and has 0.896 of the squared norm: the rest reads 4.2 (6.0 at most) and 12 (22)."""
     usual = Policy(lr_bounds=(CONFIG.lr / 10 ** (5 * 4 / 9), CONFIG.lr * 10 ** (5 * 5 / 9)))
     for step in range(5, 1005, 5):
         sharp = replace(READING, step=step, gr_t=gr_t, gr_t_error=0.05 * gr_t, gr_s=0.9, gr_s_error=0.02)

