@@ -12,9 +12,9 @@ ODD = [0.1, -0.0, math.inf, -math.inf, math.nan, 5e-324, 1.7e308]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("numel", [1, len(ODD), FEW, FEW + 1, 3 * FEW])
+@pytest.mark.parametrize("numel", [0, 1, len(ODD), FEW, FEW + 1, 3 * FEW])
 def test_stacked_tensors_arrive_with_every_bit(numel: int, dtype: torch.dtype) -> None:
-    tensors = [torch.tensor((ODD * numel)[i : i + numel], dtype=dtype).reshape(numel, 1) for i in range(3)]
+    tensors = [torch.tensor((ODD * (numel + 1))[i : i + numel], dtype=dtype).reshape(numel, 1) for i in range(3)]
     expected = torch.stack(tensors).double().numpy()
 
     (arrived,) = Transfer([stacked(tensors)]).arrays()

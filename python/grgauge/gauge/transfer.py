@@ -25,7 +25,8 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | Array:
     first = tensors[0]
     if not first.is_cpu:
         return torch.stack(tuple(tensors)).double()
-    return np.array([t.tolist() if first.numel() <= FEW else t.numpy() for t in tensors], dtype=np.float64)
+    values = np.array([t.tolist() if first.numel() <= FEW else t.numpy() for t in tensors], dtype=np.float64)
+    return values.reshape(len(tensors), *first.shape)  # lists of nothing have no shape
 
 
 class Transfer:
