@@ -209,3 +209,22 @@ def test_examples_in_docstrings_run(module):
     results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("make", [make for name, make in OPTIMIZERS.items() if name.startswith("ours")])
+def test_steps_in_which_nothing_is_trained_leave_no_trace(make):
+    """Two of three readings see no gradient at all; GR_T is that of the steps that had one."""
+    some, all_of_them = Run(make), Run(make)
+    for _ in range(25):
+        for run in (some, all_of_them):
+            run.step()
+            run.gauge.reading()
+        for _ in range(2):
+            some.optimizer.zero_grad(set_to_none=True)
+            some.optimizer.step()
+            assert some.gauge.reading().gr_t is None
+    some.step()
+    all_of_them.step()
+    ours, theirs = some.gauge.reading(), all_of_them.gauge.reading()
+    assert ours.gr_t == pytest.approx(theirs.gr_t, rel=1e-6)
+    assert [segment.gr_t for segment in ours.segments] == pytest.approx([s.gr_t for s in theirs.segments], rel=1e-6)

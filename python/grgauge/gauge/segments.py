@@ -182,6 +182,8 @@ class Table:
 
     def fold(self, rows: Rows) -> list[float]:
         """Add passes. Returns the sum g^2 of each, where V stands in for a segment without gradient."""
+        if not rows.totals:  # no parameter was trained, and there are no segments
+            return []
         if rows.seen is None:
             self._recent.append(rows)
             self._unfolded += len(rows.totals)
