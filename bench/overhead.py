@@ -46,7 +46,7 @@ from turns import STEPS, Thread, append, origin, quantile_columns, ratio_columns
 
 import grgauge
 from grgauge.cli.demo import CONTEXT, CharTransformer
-from grgauge.tuning.averaging import average_of, update
+from grgauge.tuning.averaging import average_of, update_average
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.csv"
 COLUMNS = (
@@ -207,7 +207,7 @@ class Plain:
         if self.gauge is not None:
             self.gauge.reading()
         if self.average is not None:
-            update(self.average, self.model)
+            update_average(self.average, self.model)
         synchronize(self.task.device)
         return (time.perf_counter() - start) / STEPS
 

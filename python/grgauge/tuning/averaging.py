@@ -20,7 +20,7 @@ def average_of(model: nn.Module) -> AveragedModel:
 
 
 @torch.no_grad()
-def update(average: AveragedModel, model: nn.Module) -> None:
+def update_average(average: AveragedModel, model: nn.Module) -> None:
     """Update t counts 10 / (t + 9) (Shamir and Zhang 2013, with eta = 9).
 
     Two passes over all tensors. AveragedModel's own update_parameters() groups them first, which takes twice as long:

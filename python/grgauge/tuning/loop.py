@@ -22,7 +22,7 @@ from ..optim.learning_rates import highest_lr, peak_lr, scale, scale_decay
 from ..policy import Config, Continue, Decision, Policy, Probe, Retune
 from ..reading import Reading
 from . import state as states
-from .averaging import average_of, copy_weights, tried, update
+from .averaging import average_of, copy_weights, tried, update_average
 from .checkpoints import deserialize, serialize
 from .data import Cuts, Data, Source, source
 from .errors import TrainingError
@@ -343,7 +343,7 @@ class Loop:
         self._sum = self._kept = None
         self.samples, self.steps = self.samples + self.config.batch_size, self.steps + 1
         if self._average is not None and (self.steps == 1 or self.steps % self._every == 0):
-            update(self._average, self.module)
+            update_average(self._average, self.module)
         self._unsettled = True
         return True
 
