@@ -119,7 +119,7 @@ def test_json_is_one_document_with_a_picture_beside_it(tmp_path):
         assert run["loss"] == pytest.approx(np.mean(run["losses"]))
         assert [reading["step"] for reading in run["readings"]] == [5, 10]
         assert run["batch_size"] == demo.BATCH_SIZE
-        assert run["verdict"] == "LR: cannot tell; batch: cannot tell"  # too early
+        assert run["verdict"] == "LR and batch: cannot tell"  # too early
     picture = matplotlib.image.imread(out)
     assert min(picture.shape[:2]) > 500
     assert picture[..., :3].std() > 0.05

@@ -107,7 +107,7 @@ def test_a_study_that_still_trains_says_where_it_is(tmp_path):
 
 
 def test_the_finding_is_the_title_and_a_shared_reason_is_given_once(tmp_path):
-    verdict = "lr 1e-3, batch 64: loss 2; LR: cannot tell (late); batch: cannot tell (late)."
+    verdict = "lr 1e-3, batch 64: loss 2\nLR and batch: cannot tell (late)."
     path = report.write(stored(tmp_path / "one.db", [segment(0)], verdict=verdict), tmp_path / "one.html")
     assert "<h1>lr 1e-3, batch 64: loss 2</h1>" in path.read_text("utf-8").replace(
         "<span class='whole'>1e-3</span>", "1e-3"

@@ -18,7 +18,9 @@ ADAMS = {
 
 
 def gradients(steps, size=(6, 5), mean=0.0, seed=0):
-    return mean + torch.randn(steps, *size, generator=torch.Generator().manual_seed(seed))
+    """Of bfloat16, as those of the step before are kept."""
+    drawn = mean + torch.randn(steps, *size, generator=torch.Generator().manual_seed(seed))
+    return drawn.bfloat16().float()
 
 
 def reading(optimizer, p, g, h, stride=1, scale=None, found_inf=None):
@@ -124,6 +126,22 @@ def test_a_scaled_gradient_reads_what_the_unscaled_one_does():
 def test_nothing_is_known_without_the_step_before():
     p, optimizer = trained()
     assert Progress(optimizer, [p], 1).read(None, None, [None]).isnan().all()
+
+
+def test_states_in_eight_bits_are_read():
+    adamw8bit = pytest.importorskip("torchao.optim").AdamW8bit
+    falls = []
+    for make in (adamw8bit, torch.optim.AdamW):
+        p = torch.nn.Parameter(torch.zeros(64, 64))  # the smallest that torchao keeps in 8 bits
+        optimizer = make([p], lr=1e-2)
+        for g in gradients(5, size=(64, 64), mean=1.0):
+            p.grad = g.clone()
+            with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for half a minute
+                optimizer.step()
+        g, h = gradients(2, size=(64, 64), mean=1.0, seed=1)
+        falls.append(reading(optimizer, p, g, h, stride=3)[0])
+    assert falls[0] == pytest.approx(falls[1], rel=0.02)
+    assert falls[0] != falls[1]
 
 
 def test_rows_of_a_sample_are_the_same_rows_of_everything():

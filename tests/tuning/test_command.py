@@ -59,13 +59,14 @@ def test_it_ends_with_the_verdict_in_one_line_where_there_is_no_terminal(here, c
     assert cli.main(ARGUMENTS) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "hello from train"
-    assert out.splitlines()[-1].startswith("lr ")
-    assert len(out.splitlines()) == 2
+    verdict = out.splitlines()[1:]
+    assert verdict[0].startswith("lr ")
+    assert len(verdict) == 2
     assert err == ""
     # the same command: it is finished, and says so
     assert cli.main([*ARGUMENTS, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["verdict"].startswith(f"{out.splitlines()[-1]} Nothing was trained")
+    assert document["verdict"].startswith("\n".join(verdict) + " Nothing was trained")
     assert document["used"] >= 1000
     assert sum(trial["samples"] for trial in document["trials"]) == document["used"]
     assert set(document["recommendation"]) == {"lr", "batch_size", "weight_decay"}

@@ -115,10 +115,10 @@ class GradES:
         warmup: Steps before the level is taken, or before readings count in a forecast; None: a tenth of total_steps.
         every: Steps between readings; between them nothing is computed. At least 2 with "delta" and "signal". None: 10;
             with "signal" fewer in runs of less than 2000 steps, total_steps / 200.
-        sample: Elements to read on each rank. None: as many as keep the state, one gradient from a step to the next in
-            float32, at 0.5 % of the size of the monitored parameters ("delta", "norm") or the whole model ("signal"),
-            at most 2^24. "delta" and "norm" read at least a block of each matrix, small ones whole; "signal" at least
-            2^18 elements of all that is trained.
+        sample: Elements to read on each rank. None: one for each 200 float32 elements of the monitored parameters
+            ("delta", "norm") or the whole model ("signal"), at most 2^24. "delta" and "norm" read at least a block of
+            each matrix, small ones whole; "signal" at least 2^18 elements of all that is trained. The state is these
+            elements of one gradient, in float32 ("delta") or bfloat16 ("signal", from one step to the next only).
         seed: Which elements a sample of "delta" and "norm" takes.
 
     Raises:

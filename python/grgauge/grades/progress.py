@@ -28,7 +28,7 @@ heart. What remains is what one batch teaches about another, which is what unsee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,25 +49,29 @@ def require_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def rows_of(t: Tensor, stride: int) -> Tensor:
-    """Every `stride`-th row of what this rank holds: a view, the same rows of all tensors of one size."""
+    """Every `stride`-th row of what this rank holds, the same rows of all tensors of one size."""
     t = local(t)
+    if type(t) not in (Tensor, nn.Parameter):  # a state in 8 bits, say: it can be copied, not cut
+        t = torch.empty(t.shape, dtype=torch.float32, device=t.device).copy_(t)
     return t[::stride] if t.dim() else t
 
 
-def step_sizes(state: dict[str, Any], group: dict[str, Any], g: Tensor, stride: int) -> tuple[Tensor, Tensor, float]:
-    """(p, u, b) of the rows that g has, from the state that the optimizer had before g."""
+def step_sizes(group: dict[str, Any], step: Any, moments: Sequence[Tensor]) -> tuple[Tensor | float, Tensor, float]:
+    """(p, u, b) of elements with these moments, which the optimizer had before their gradient, written into them."""
     lr = group["lr"]
     if "betas" in group:
-        beta1, beta2 = group["betas"]
-        m, v = (rows_of(state[name], stride).float() for name in ("exp_avg", "exp_avg_sq"))
-        p = lr / ((v / (1.0 - beta2 ** state["step"])).sqrt() + group["eps"])
-        return p, p * m / (1.0 - beta1 ** state["step"]), beta1
-    p = lr / (1.0 - group["momentum"]) * torch.ones_like(g)
-    return p, lr * rows_of(state["momentum_buffer"], stride).float(), group["momentum"]
+        (beta1, beta2), (m, v) = group["betas"], moments
+        p = v.div_(1.0 - beta2**step).sqrt_().add_(group["eps"]).reciprocal_().mul_(lr)
+        return p, m.mul_(p).div_(1.0 - beta1**step), beta1
+    (buffer,) = moments
+    return lr / (1.0 - group["momentum"]), buffer.mul_(lr), group["momentum"]
 
 
 class Progress:
     """Reads by how much parameters of one device make the loss fall in a step.
+
+    Few rows of many parameters are read, and a call of torch takes longer to start than to do so little: the rows of
+    all parameters of a group that have made as many steps are joined, and computed with at once.
 
     params  the parameters
     stride  every which row of a parameter is read
@@ -76,46 +80,74 @@ class Progress:
     def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], stride: int) -> None:
         self.params, self.stride = params, stride
         self._optimizer = optimizer
+        elements = [rows_of(p, stride).numel() for p in params]
+        self._elements = torch.tensor(elements, dtype=torch.float64, device=params[0].device)
 
     def read(self, inv_scale: Tensor | None, found_inf: Tensor | None, before: Sequence[Tensor | None]) -> Tensor:
         """float64 [params, 2]: fall and elements of the rows that were read; NaN without a gradient or a state.
 
         before  what `gradients` returned in the step before
         """
-        rows = []
-        for p, group, h in zip(self.params, self._groups(), before, strict=True):
-            row = torch.full((2,), torch.nan, dtype=torch.float64, device=p.device)
-            rows.append(row)
-            state = self._optimizer.state.get(p)
-            g = self._gradient(p, group, inv_scale, found_inf)
-            if g is None or h is None or not state:
-                continue
-            step, update, b = step_sizes(state, group, g, self.stride)
-            moves = update * ((1.0 + b) * (2.0 * b - 1.0)) + step * h * (1.0 - b)
-            row[0] = (moves * g).sum(dtype=torch.float64) / (2.0 * b * b)
-            row[1] = g.numel()
-        return torch.stack(rows)
+        states = self._optimizer.state
+        known = {
+            i: h for i, (p, h) in enumerate(zip(self.params, before, strict=True)) if h is not None and states.get(p)
+        }
+        falls = [self._elements.new_full((), torch.nan)] * len(self.params)
+        for group, step, alike in self._alike(known):
+            names = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
+            moments = [self._joined([states[self.params[i]][name] for i in alike]) for name in names]
+            p, u, b = step_sizes(group, step, moments)
+            h = torch.cat([known[i] for i in alike]).float()
+            moves = u.mul_((1.0 + b) * (2.0 * b - 1.0)).add_(h.mul_(p).mul_(1.0 - b))
+            products = moves.mul_(self._gradients(alike, group, inv_scale, found_inf))
+            for i, part in zip(alike, products.split([len(known[i]) for i in alike]), strict=True):
+                falls[i] = part.sum(dtype=torch.float64) / (2.0 * b * b)
+        fall = torch.stack(falls)
+        return torch.stack([fall, self._elements.where(fall.isfinite(), torch.nan)], dim=1)
 
     def gradients(self, inv_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor | None]:
-        """Copies of the rows of all gradients, for the next call of `read`."""
-        found = [
-            self._gradient(p, group, inv_scale, found_inf) for p, group in zip(self.params, self._groups(), strict=True)
-        ]
-        return [None if g is None else g.clone() for g in found]
+        """The rows of all gradients, each parameter's one after another, for the next call of `read`.
 
-    def _groups(self) -> list[dict[str, Any]]:
+        In bfloat16: what rounding adds to a sum of products with other batches has no mean, and is small.
+        """
+        rows: list[Tensor | None] = [None] * len(self.params)
+        for group, _, alike in self._alike(range(len(self.params))):
+            joined = self._gradients(alike, group, inv_scale, found_inf).bfloat16()
+            sizes = [rows_of(self.params[i], self.stride).numel() for i in alike]
+            for i, part in zip(alike, joined.split(sizes), strict=True):
+                rows[i] = part
+        return rows
+
+    def _alike(self, chosen: Iterable[int]) -> Iterable[tuple[dict[str, Any], Any, list[int]]]:
+        """(group, step, which parameters): those of the chosen ones that have a gradient, alike in group and step."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        return [groups[id(p)] for p in self.params]
+        sets: dict[tuple[int, Any], tuple[dict[str, Any], Any, list[int]]] = {}
+        for i in chosen:
+            p = self.params[i]
+            if p.grad is None or p.grad.is_sparse:
+                continue
+            group, step = groups[id(p)], self._optimizer.state.get(p, {}).get("step")
+            # To compare steps that are on a device would be to wait for it.
+            on_device = isinstance(step, Tensor) and step.device.type != "cpu"
+            key = id(step) if on_device or step is None else float(step)
+            sets.setdefault((id(group), key), (group, step, []))[2].append(i)
+        return sets.values()
 
-    def _gradient(
-        self, p: nn.Parameter, group: dict[str, Any], inv_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Tensor | None:
-        """The rows of a gradient as the optimizer will use them; NaN in a step that is skipped."""
-        if p.grad is None or p.grad.is_sparse:
-            return None
-        g = rows_of(p.grad, self.stride).float()
+    def _joined(self, tensors: Iterable[Tensor]) -> Tensor:
+        """float32 copies of their rows, one after another."""
+        rows = [rows_of(t, self.stride) for t in tensors]
+        sizes = [t.numel() for t in rows]
+        joined = torch.empty(sum(sizes), dtype=torch.float32, device=rows[0].device)
+        torch._foreach_copy_([to.view(t.shape) for to, t in zip(joined.split(sizes), rows, strict=True)], rows)
+        return joined
+
+    def _gradients(
+        self, alike: Sequence[int], group: dict[str, Any], inv_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """Rows of gradients as the optimizer will use them; NaN in a step that is skipped."""
+        g = self._joined([p.grad for i in alike if (p := self.params[i]).grad is not None])
         if inv_scale is not None:
-            g = g * inv_scale.to(g.device)
+            g *= inv_scale.to(g.device)
         if found_inf is not None:
-            g = g.masked_fill(found_inf.to(g.device).bool(), torch.nan)
+            g.masked_fill_(found_inf.to(g.device).bool(), torch.nan)
         return -g if group.get("maximize") else g

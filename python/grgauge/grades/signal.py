@@ -106,7 +106,7 @@ class Signal:
         self.done, kept = state["done"], state["kept"]
         # Rows of another number of ranks or another sample are of no use: that reading is left out.
         fits = kept is not None and all(
-            t is None or t.shape == rows_of(p, part.stride).shape
+            t is None or t.numel() == rows_of(p, part.stride).numel()
             for part, ts in zip(self._parts, kept, strict=True)
             for p, t in zip(part.params, ts, strict=True)
         )

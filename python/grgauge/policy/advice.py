@@ -86,11 +86,15 @@ class Advice:
     batch: Correction
 
     def __str__(self) -> str:
+        if self.lr == self.batch:  # for one reason neither can be told
+            return f"{self.short} ({self.lr.why})"
         return f"{self.lr.describe('LR')} ({self.lr.why}); {self.batch.describe('batch')} ({self.batch.why})"
 
     @property
     def short(self) -> str:
         """The line without the reasons."""
+        if self.lr == self.batch:
+            return self.lr.describe("LR and batch")
         return f"{self.lr.describe('LR')}; {self.batch.describe('batch')}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def page(study: Study) -> str:
     return Template(template).substitute(
         digest=digest,
         study=escape(study.name),
-        finding=escape(f"{numerals.clip(study.headline.partition(chr(10))[0], 120)} · GR-Gauge"),
+        finding=escape(f"{numerals.clip(study.headline, 120)} · GR-Gauge"),
         headline=_rich(study.headline),
         rest=charts.tag("p", _rich(study.rest), class_="rest") if study.rest else "",
         tiles=_tiles(study),

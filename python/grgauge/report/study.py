@@ -180,9 +180,9 @@ class Study:
 
     @property
     def headline(self) -> str:
-        """The verdict's first clause, which is the finding; `rest` has the others."""
+        """The verdict's first line, which is the finding; `rest` has the others."""
         if self.verdict:
-            return self.verdict.partition("; ")[0]
+            return self.verdict.partition("\n")[0]
         if self.running:
             lr, batch = numerals.scientific(self.running.lr), numerals.count(self.running.batch)
             return f"Still training: trial {self.running.number}, lr {lr}, batch {batch}. No verdict yet."
@@ -190,9 +190,8 @@ class Study:
 
     @property
     def rest(self) -> str:
-        """What the verdict says after the finding; a reason that learning rate and batch share is given once."""
-        words = self.verdict.partition("; ")[2]
-        return re.sub(r"LR: cannot tell (\(.*\)); batch: cannot tell \1", r"LR and batch: cannot tell \1", words)
+        """What the verdict says after the finding."""
+        return self.verdict.partition("\n")[2]
 
     def to_dict(self) -> dict[str, Any]:
         """The key figures, ready for JSON except for numbers that are not finite."""

@@ -46,7 +46,7 @@ class Result:
             and at least 4; never in a budget of fewer than 200 steps, or of a model that fully_shard was applied to).
         loss: its training loss: the mean of the last 20 steps, or of that comparison if the weights are averaged.
         used: samples taken in all.
-        verdict: in words, one line.
+        verdict: in words: the first line says what was found, the second what the gauges make of it.
         trials: all trials of the study, failed ones included.
         output: what the training function returned.
     """
@@ -220,10 +220,10 @@ def _bounds(space: Ends | Space) -> dict[str, tuple[float, float]]:
 
 def _verdict(trial: Trial, loop: Loop, count: int) -> str:
     advice = None if loop.gauge is None else loop.gauge.advice(target=loop.policy.target)
-    gauges = advice or "no reading"
+    gauges = advice or "No reading"
     end = f" Stopped early: {trial.record.reason}." if trial.record.state == "PRUNED" else ""
     least, most = trial.bounds.get("weight_decay", (0.0, 0.0))
     decay = f", {unsearched(trial.config, trial.steps)}" if least < most else ""
     averaged = " of averaged weights" if trial.final_loss != trial.record.loss else ""
     found = f"{trial.config}: loss {trial.final_loss:.4g}{averaged}"
-    return f"{found} after {count} trial{'s' * (count != 1)} and {trial.used} samples; {gauges}{decay}.{end}"
+    return f"{found} after {count} trial{'s' * (count != 1)} and {trial.used} samples\n{gauges}{decay}.{end}"
