@@ -219,7 +219,8 @@ class Tuned:
     """`tune`, which runs its training function itself."""
 
     def __init__(self, task: Task, turns: int) -> None:
-        self.task, self.budget = task, turns * STEPS * task.batch
+        # More than its turns take: `tune` keeps some samples for comparing the weights with their average.
+        self.task, self.budget = task, (turns + 5) * STEPS * task.batch
         self._thread = Thread(self._run, task.device)
         self.turn, self.close = self._thread.turn, self._thread.close
 
@@ -257,7 +258,7 @@ def variants(task: Task, turns: int) -> dict[str, Plain | Tuned]:
 
 def measured(task: Task, rounds: int) -> dict[str, list[float]]:
     """Milliseconds a step, of each variant and round."""
-    made = variants(task, rounds + WARM_UP_TURNS + 1)
+    made = variants(task, rounds + WARM_UP_TURNS)
     samples: dict[str, list[float]] = {name: [] for name in made}
     for number in range(WARM_UP_TURNS + rounds):
         for name, variant in made.items():

@@ -34,6 +34,7 @@ MARKS = {
 """Marker -> the folders and files of tests that have it; `make test-fast` goes by them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
         path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else item.path
