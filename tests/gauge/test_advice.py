@@ -172,7 +172,8 @@ def test_a_state_of_before_there_was_advice_loads():
     [
         ({"gr_t": 1.1, "gr_t_error": 0.02}, "raise"),
         ({"gr_t": 2.5, "gr_t_error": 0.2}, "raise"),
-        ({"gr_t": 11.0, "gr_t_error": 0.4}, "unknown"),
+        ({"gr_t": 11.0, "gr_t_error": 0.4}, "raise"),
+        ({"gr_t": 20.0, "gr_t_error": 2.0}, "unknown"),
         ({"gr_t": 11.0, "gr_t_error": 0.4, "gr_s": 0.93}, "raise"),  # as low as noise lets it be
         ({"gr_t": 15.0, "gr_t_error": 0.01, "gr_s": 0.985, "gr_s_error": 1e-4}, "raise"),
         ({"gr_t": 20.0, "gr_t_error": 0.01, "gr_s": 0.985, "gr_s_error": 0.1}, "unknown"),  # noise alone reads 19

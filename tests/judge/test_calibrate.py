@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,10 +70,10 @@ def test_the_package_holds_what_the_command_makes_and_its_intervals_hold_on_fami
     parts = [own["lr"] for own in known.provenance["held_out"].values()]
     assert len(parts) == 5
     for part in parts:
-        assert 0.85 <= part["held"] <= 0.99
-        assert part["wrong"] <= 0.03
-        assert part["right"] >= 0.8
-    assert np.mean([part["right"] for part in parts]) >= 0.9
+        assert part["held"] >= 0.85
+        assert part["wrong"] <= 0.04
+        assert part["right"] >= 0.9
+    assert np.mean([part["right"] for part in parts]) >= 0.95
 
 
 def test_the_page_says_how_well_it_holds():
@@ -89,6 +90,6 @@ def test_a_rate_a_hundred_times_too_low_is_never_called_a_little_too_low():
     for name, rows in load().items():
         for case in calibrate.judged({name: rows}, calibration()):
             if case["what"] == "lr" and case["away"] >= 2.0:
-                assert case["words"] in ("LR: cannot tell", "raise LR ≥ 3×, look again")
+                assert re.fullmatch(r"LR: cannot tell|raise LR ≥ [\d.]+×, look again", case["words"])
                 said += case["words"] != "LR: cannot tell"
     assert said > 100

@@ -23,14 +23,14 @@ LOWER = Interval(-0.9, -0.7, -0.4, -0.1, 0.3)
 
 
 class Fixed(Curve):
-    """The same interval whatever the gauge reads."""
+    """The same interval whatever the gauge reads; where less has to be sure, `likely`."""
 
-    def __init__(self, interval):
+    def __init__(self, interval, likely=None):
         super().__init__((), (), (), 0.0)
-        self.__dict__["interval"] = interval
+        self.__dict__["interval"], self.__dict__["likely"] = interval, likely or interval
 
-    def read(self, value, error):
-        return self.interval
+    def read(self, value, error, share=0.8):
+        return self.interval if share == 0.8 else self.likely
 
 
 def advised(steps, intervals, **changes):
@@ -99,6 +99,27 @@ def test_a_late_reading_counts_only_where_the_window_knows_no_direction():
     assert advised([50, 200], {**spans, "window": LOWER}).direction == "lower"
     kept = advised([50, 200], {**spans, "window": KEEP})
     assert (kept.direction, kept.why) == ("keep", "GR_T 20 ± 4 at step 50")
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "low", "high", "changes", "direction"),
+    [
+        (0.1, 0.5, -0.5, math.inf, {}, "raise"),
+        (0.1, 0.5, -math.inf, 1.0, {}, "unknown"),  # nobody knows how wrong it may be
+        (-0.5, -0.1, -math.inf, 0.5, {}, "lower"),
+        (-0.5, -0.1, -1.0, math.inf, {}, "unknown"),
+        (-0.1, 0.5, -0.5, 1.0, {}, "unknown"),
+        (0.1, 0.5, -0.5, 1.0, {"gr_s": 0.96}, "unknown"),  # noise hides the learning rate
+        (0.1, 0.5, -0.5, 1.0, {"gr_t": 30.0, "gr_t_error": 31.0}, "unknown"),
+    ],
+)
+def test_three_of_five_runs_suffice_where_gr_t_can_be_read(least, most, low, high, changes, direction):
+    middle = (least + most) / 2.0
+    curve = Fixed(Interval(low, -1.0, middle, 1.0, high), Interval(low, least, middle, most, high))
+    watch = Watch()
+    watch.observe(replace(READING, step=50, **changes))
+    known = Calibration(dict.fromkeys(SPANS, curve), dict.fromkeys(SPANS, Fixed(KEEP)), UNKNOWN, {})
+    assert advice_of(watch, known=known).lr.direction == direction
 
 
 # --- the curve, inverted ---------------------------------------------------------------------------------------------

@@ -20,6 +20,10 @@ NEAR = math.log10(3.0)
 STEP = 3.0
 """The largest factor to be taken before looking again."""
 
+LIKELY = 0.6
+"""The share of such runs that must need a direction for it to be given, where GR_T can be read and the interval ends on
+the other side: how wrong the direction may be is known then. Elsewhere it must be four runs of five."""
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -180,10 +184,14 @@ def _lr_from(watch: Watch, summary: Summary, target: Target, known: Calibration)
         return _unknown(_missing(watch, "GR_T"))
     x = summary.signal - math.log10(target.gr_t / Target.gr_t)
     share = 1.0 if summary.lr is None or watch.peak is None else summary.lr / watch.peak
-    interval = known.lr[summary.span].read(x, summary.signal_error).shifted(math.log10(share))
+    curve, blind = known.lr[summary.span], summary.gr_s is not None and summary.gr_s > BLIND
+    interval = curve.read(x, summary.signal_error)
+    if not blind and (summary.gr_t_error or 0.0) <= summary.gr_t:
+        likely = curve.read(x, summary.signal_error, LIKELY)
+        interval = likely if math.isfinite(likely.low if likely.middle > 0.0 else likely.high) else interval
     error = f" ± {summary.gr_t_error:.2g}" if summary.gr_t_error else ""
-    found = _correction(interval, f"GR_T {summary.gr_t:.3g}{error} {_when(summary)}")
-    if found.direction == "unknown" and summary.gr_s is not None and summary.gr_s > BLIND:
+    found = _correction(interval.shifted(math.log10(share)), f"GR_T {summary.gr_t:.3g}{error} {_when(summary)}")
+    if found.direction == "unknown" and blind:
         why = f"{found.why}, and GR_S {summary.gr_s:.2f} says that noise hides the rate: enlarge the batch first"
         return replace(found, why=why)
     return found
@@ -208,7 +216,7 @@ def _batch(watch: Watch, target: Target, known: Calibration) -> Correction:
 
 
 def _correction(found: Interval, why: str) -> Correction:
-    """A direction where four such runs of five need it, "keep" where all of the interval is near the best."""
+    """A direction where enough of such runs need it, "keep" where all of the interval is near the best."""
     interval = (10.0**found.low, 10.0**found.high)
     factor = 10.0**found.middle
     if found.least > 0.0:

@@ -31,8 +31,8 @@ _erf = np.vectorize(math.erf, otypes=[float])
 
 @dataclass(frozen=True)
 class Interval:
-    """Of log10 of the factor that leads to the best value: 90 % from `low` to `high`, 80 % above `least`, 80 % below
-    `most`. An end that nobody knows is infinite."""
+    """Of log10 of the factor that leads to the best value: 90 % from `low` to `high`, 80 %, or the share that was asked
+    for, above `least` and below `most`. An end that nobody knows is infinite."""
 
     low: float
     least: float
@@ -59,9 +59,9 @@ class Curve:
     scatter: Sequence[float]
     between: float
 
-    def read(self, value: float, error: float) -> Interval:
+    def read(self, value: float, error: float, share: float = LEVELS[3]) -> Interval:
         """All distances at which a family may read `value`, with that standard error: those at which neither a lower
-        reading nor a higher one is rarer than one in twenty.
+        reading nor a higher one is rarer than one in twenty. `share` of them lie above `least`, and below `most`.
 
         No distance explains a value beyond all of the curve, and none may be ruled out by it alone: it counts as one
         that is a standard deviation beyond.
@@ -75,8 +75,8 @@ class Curve:
         if self.gauge[-1] > self.gauge[0]:
             scores = -scores
         lower = 0.5 + 0.5 * _erf(scores / math.sqrt(2.0)).mean(axis=1)  # rises with the distance
-        low, least = np.interp(LEVELS[:2], lower, away, left=-math.inf)
-        most, high = np.interp(LEVELS[3:], lower, away, right=math.inf)
+        low, least = np.interp((LEVELS[0], 1.0 - share), lower, away, left=-math.inf)
+        most, high = np.interp((share, LEVELS[4]), lower, away, right=math.inf)
         return Interval(*map(float, (low, least, np.interp(LEVELS[2], lower, away), most, high)))
 
 
