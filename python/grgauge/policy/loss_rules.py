@@ -20,16 +20,27 @@ def wrecked(moves: Moves, block: float | None) -> Decision | None:
     s, losses, saved, age = moves.state, moves.state.losses, moves.state.saved, moves.state.course.age
     if block is None or losses.first is None:
         return None
-    first, scale, noise = losses.first, abs(losses.first), RULES.judged_errors * losses.error(1)
+    first, scale, lr = losses.first, abs(losses.first), s.course.now.lr
     known = max(first, saved.loss) if saved else first
+    usual = lr <= (1.0 + RULES.same_lr) * moves.settings.usual_lr
+    # The first loss is low by chance in one of many trainings. Above the usual learning rate there is no time to lose,
+    # and noise is what was seen before the newest block: an explosion looks like it.
+    variance = losses.variance_before
+    if variance is None:
+        variance = losses.variance if usual else 0.0
+    noise = RULES.judged_errors * math.sqrt(variance * (1.0 + 1.0 / losses.size))
     evidence = Evidence("explosion", s.course.step, "loss", block, (known - noise, known + noise))
     recent = losses.level(RULES.level_blocks, s.course.start)
     # A learning rate on trial may shake the loss: it is judged when that is over, unless the loss doubles.
     doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
-    if block > known + RULES.exploded * scale or doubled:
+    high = known + RULES.exploded * scale + noise
+    exploded = block > high and (losses.above(high, 2) if usual else losses.stays_above(high))
+    lowest = lr <= moves.settings.lr_bounds[0]
+    if exploded and lowest and saved is None and not losses.above(high, RULES.lost_blocks):
+        return Continue("the loss exploded at the lowest learning rate allowed, and may recover", evidence)
+    if exploded or doubled:
         return moves.fail("the loss exploded", evidence)
-    # With small batches a first loss low by chance is enough to look hurt: not at a usual learning rate.
-    if block > first + RULES.hurt * scale and s.course.now.lr > (1.0 + RULES.same_lr) * moves.settings.usual_lr:
+    if block > first + RULES.hurt * scale + noise and not usual:
         s.hurt = True
     blocks = RULES.recent_blocks
     if saved and saved.raised and s.trial is None and blocks * moves.settings.every <= age <= RULES.worse_steps:

@@ -31,6 +31,9 @@ class Losses:
     total: float = 0.0
     count: int = 0
     last: float | None = None
+    before: float | None = None  # the one before the last
+    variance_then: float | None = None  # `variance` at the end of the newest block, once it is known, ...
+    variance_before: float | None = None  # ... and of the one before
 
     def add(self, loss: float) -> None:
         """Take in a finite loss, of one step or the mean of several."""
@@ -43,13 +46,15 @@ class Losses:
                 square = min(square, RULES.jump * self.variance)
             self.differences = RULES.fading * self.differences + 1.0
             self.variance += (square - self.variance) / self.differences
-        self.last = loss
+        self.before, self.last = self.last, loss
 
     def close(self, samples: float) -> float | None:
         """End the block, at that age of the weights in samples; its mean, None without losses."""
         if not self.count:
             return None
         mean = self.total / self.count
+        self.variance_before = self.variance_then
+        self.variance_then = self.variance if self.differences >= RULES.noise_differences else None
         self.curve.append(Block(samples, mean))
         self.total, self.count, self.size = 0.0, 0, self.count
         self.curve = thin(self.curve, RULES.kept_blocks)
@@ -78,6 +83,16 @@ class Losses:
         """How many blocks have ended after `since` samples."""
         return sum(block.samples > since for block in self.curve)
 
+    def above(self, level: float, blocks: int) -> bool:
+        """So many newest blocks are all above."""
+        return len(self.curve) >= blocks and all(block.loss > level for block in self.curve[-blocks:])
+
+    def stays_above(self, level: float) -> bool:
+        """The newest two losses are above, or the newest two blocks: a single one may be, where few samples are drawn
+        from a long tail."""
+        newest = [loss for loss in (self.before, self.last) if loss is not None]
+        return (len(newest) == 2 and min(newest) > level) or self.above(level, 2)
+
     def error(self, blocks: int) -> float:
         """Standard error of a `level` of that many blocks."""
         return math.sqrt(self.variance / (self.size * blocks))
@@ -90,7 +105,7 @@ class Losses:
     def cut(self, samples: float) -> None:
         """Forget what came after that age: the weights have gone back to it."""
         self.curve = [block for block in self.curve if block.samples <= samples]
-        self.total, self.count, self.last = 0.0, 0, None
+        self.total, self.count, self.last, self.before = 0.0, 0, None, None
 
 
 def loss_at(curve: Sequence[Block], samples: float) -> float | None:

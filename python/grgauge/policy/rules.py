@@ -48,6 +48,7 @@ class Rules:
     learned_errors: float = 2.0  # ... and standard errors
     judged_errors: float = 3.0  # standard errors of a loss that is called worse: one check in a thousand by chance
     exploded: float = 1.5  # times the first loss above what was known: beyond what noise and a cold Adam do
+    lost_blocks: int = 20  # that stay exploded before it is given up where no lower learning rate is allowed
     hurt: float = 0.2  # times the first loss above it: more than the losses of healthy starts differ by
     worse: float = 0.03  # share of the loss before a raise, beside its errors
     worse_steps: int = 100  # after a raise: of hundreds of checks one is beyond three standard errors
