@@ -144,9 +144,27 @@ def test_e_a_plateau_is_left_by_the_loss(gr_t):
 
 
 def test_e_a_plateau_is_explored_at_a_cheap_batch():
-    losses = [2.3 + 0.001 * (-1) ** i for i in range(40)]
-    raised = watch(Policy(), Config(1e-3, 512), gr_s=0.55, losses=losses)
+    losses = [2.3 + 0.001 * (-1) ** i for i in range(60)]
+    raised = watch(Policy(), Config(1e-3, 512), checks=60, gr_s=0.55, losses=losses)
     assert raised.config == Config(1.5e-3, 128)
+
+
+def test_e_a_plateau_is_waited_for_once_no_learning_rate_has_moved_the_loss():
+    """Below the usual learning rate a raise comes soon, from there on after 200 steps; then again from the start."""
+    policy, step, config, moves = Policy(lr_bounds=(1e-5, 1.0), min_batch=64), 0, Config(5.6e-4, 64), []
+    for i in range(1000):
+        step += 5
+        read = replace(READING, step=step, gr_t=19.0, gr_s=0.99, gr_s_error=0.01, batch_size=64)
+        decision = policy.observe(read, config, loss=2.3 + 0.001 * (-1) ** i)
+        if isinstance(decision, Retune):
+            moves.append((step, decision.config.lr, decision.reuse))
+            config, step = decision.config, step if decision.reuse else 0
+    usual = 10 ** (-5 + 5 * 4 / 9)
+    lrs = [5.6e-4 * 3**k for k in (1, 2, 3, 4)]
+    assert [lr for _, lr, _ in moves] == pytest.approx([*lrs, usual], rel=0.01)
+    assert [reuse for _, _, reuse in moves] == [True] * 4 + [False]
+    assert moves[0][0] <= 40
+    assert all(later - step >= 200 for (step, *_), (later, *_) in pairwise(moves))
 
 
 def test_e_a_gauge_that_may_be_blind_settles_nothing():

@@ -74,7 +74,8 @@ def plateau(moves: Moves) -> Decision | None:
     s, course, losses, limits = moves.state, moves.state.course, moves.state.losses, moves.settings
     old, blocks = course.now, losses.blocks(course.start)
     now, untrained = losses.level(blocks, course.start), losses.untrained()
-    if now is None or untrained is None or course.age < RULES.settled_steps or s.hurt or s.found or losses.learned():
+    wait = RULES.plateau_steps if old.lr > (1.0 - RULES.same_lr) * limits.usual_lr else RULES.settled_steps
+    if now is None or untrained is None or course.age < wait or s.hurt or s.found or s.patient or losses.learned():
         return None
     error, scale = losses.error(blocks), abs(untrained)
     least_fall = RULES.plateau_errors * error + RULES.plateau_slope * scale
@@ -86,7 +87,10 @@ def plateau(moves: Moves) -> Decision | None:
     lr = old.lr * min(RULES.plateau_raise, limits.max_lr_factor) * (batch / old.batch_size) ** limits.coupling
     if lr > RULES.plateau_below * moves.below(math.inf, batch):
         return None
-    decision = moves.to(lr, batch, "the loss does not move", Evidence("plateau", course.step, "loss", now))
+    evidence = Evidence("plateau", course.step, "loss", now)
+    if s.on_plateau and lr > RULES.plateau_most * limits.usual_lr:
+        return moves.start_patiently("no learning rate moves the loss: again, and wait", evidence)
+    decision = moves.to(lr, batch, "the loss does not move", evidence)
     s.on_plateau = s.on_plateau or isinstance(decision, Retune)
     return decision
 

@@ -60,6 +60,7 @@ class State:
     hurt: bool = False  # the loss has been well above that of untrained weights
     climbed: bool = False  # these weights have seen the learning rate rise to where it is
     on_plateau: bool = False  # ... by the loss alone, and nothing is learned yet
+    patient: bool = False  # no learning rate has moved the loss: it is waited for
     repeated: bool = False  # a trial equivalent to one of `begun` was due, and it has been said
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     begun: list[Config] = field(default_factory=list)  # what untrained weights began at
@@ -138,6 +139,11 @@ class Moves:
         reason = f"{reason}, but {to} is equivalent to a trial that was run, and not run again"
         return Continue(reason, replace(evidence, rule="repeat") if new else evidence, notable=new)
 
+    def start_patiently(self, reason: str, evidence: Evidence) -> Decision:
+        """From untrained weights at the usual learning rate, which no plateau raises again."""
+        self.state.patient = True
+        return self._restart(self.settings.usual_lr, self.state.course.now.batch_size, reason, evidence)
+
     def cap(self, lr: float) -> None:
         """Never to reach that learning rate again, at any batch, but for coupling."""
         per_batch = lr / self.state.course.now.batch_size**self.settings.coupling
@@ -157,6 +163,7 @@ class Moves:
                 Course(decision.config, moves=s.course.moves),
                 peak=s.peak,
                 ceiling=s.ceiling,
+                patient=s.patient,
                 begun=[*s.begun, decision.config],
                 rival=Rival(s.losses, old.lr / old.batch_size**self.settings.coupling),
             )
