@@ -131,16 +131,23 @@ def settled(policy, first, losses):
 @pytest.mark.parametrize("gr_t", [8.0, 19.0, 25.0])
 def test_e_a_plateau_is_left_by_the_loss(gr_t):
     """Blind, or in the zone as noise alone would be: where the loss does not move the learning rate goes up."""
-    policy = Policy(min_batch=64)
-    losses = [2.3 + 0.001 * (-1) ** i for i in range(40)]
-    raised = watch(policy, checks=40, gr_t=gr_t, gr_s=0.99, gr_s_error=0.01, losses=losses)
+    losses, falling = [2.3 + 0.001 * (-1) ** i for i in range(45)], [2.3 - 0.05 * i for i in range(45)]
+    blind = {"gr_t": gr_t, "gr_s": 0.99, "gr_s_error": 0.01}
+    # below the usual learning rate soon, and one move back when it is left
+    policy = Policy(min_batch=64, lr_bounds=(1e-6, 1e3))
+    raised = watch(policy, checks=8, losses=losses, **blind)
     assert raised.evidence.rule == "plateau"
     assert raised.config.lr == pytest.approx(3e-3)
-    # and one move back when it is left
-    falling = [2.3 - 0.05 * i for i in range(40)]
-    back = watch(policy, raised.config, first=25, checks=40, gr_t=gr_t, gr_s=0.99, gr_s_error=0.01, losses=falling)
+    back = watch(policy, raised.config, first=raised.evidence.step + 5, checks=40, losses=falling, **blind)
     assert back.config.lr == pytest.approx(1e-3)
     assert back.reuse
+    # at it there is time to wait, and no way back
+    policy = Policy(min_batch=64, lr_bounds=(1e-5, 1e-1))
+    assert isinstance(watch(policy, checks=35, losses=losses, **blind), Continue)
+    raised = watch(policy, first=180, checks=10, losses=losses[35:], **blind)
+    assert raised.config.lr == pytest.approx(3e-3)
+    left = watch(policy, raised.config, first=raised.evidence.step + 5, checks=10, losses=falling, **blind)
+    assert isinstance(left, Continue)
 
 
 def test_e_a_plateau_is_explored_at_a_cheap_batch():

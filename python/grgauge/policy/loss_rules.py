@@ -96,13 +96,15 @@ def plateau(moves: Moves) -> Decision | None:
 
 
 def plateau_left(moves: Moves) -> Decision | None:
-    """One move back, for the learning rate was raised until after it was enough."""
+    """One move back, for the learning rate was raised until after it was enough; not where each was waited for."""
     s, old = moves.state, moves.state.course.now
     if not s.on_plateau or not s.losses.learned():
         return None
     s.on_plateau = False
     evidence = Evidence("plateau", s.course.step, "loss", s.losses.level(RULES.learned_blocks))
     lr = old.lr / min(RULES.plateau_raise, moves.settings.max_lr_factor)
+    if lr > (1.0 - RULES.same_lr) * moves.settings.usual_lr:
+        return Continue("the plateau is left", evidence)
     return moves.to(lr, old.batch_size, "the plateau is left: one move back", evidence)
 
 
