@@ -42,7 +42,7 @@ examples: .venv/built
 	.venv/bin/python examples/optuna_search.py
 	.venv/bin/python examples/ray_tune.py
 
-PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

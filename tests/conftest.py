@@ -34,15 +34,12 @@ MARKS = {
 """Marker -> the folders and files of tests that have it; `make test-fast` goes by them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
         path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else item.path
         for mark, patterns in MARKS.items():
             if any(path.match(pattern) for pattern in patterns):
                 item.add_marker(mark)
-        if config.pluginmanager.hasplugin("xdist"):  # one worker runs a file, and all that shares the ranks' results
-            item.add_marker(pytest.mark.xdist_group(str(path.parent if path.match("distributed/*") else path)))
     items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in MARKS))  # the long ones first
 
 
