@@ -55,7 +55,7 @@ ARGUMENTS = [
 ]
 
 
-def test_it_ends_with_the_verdict_in_one_line_where_there_is_no_terminal(here, capsys):
+def test_it_ends_with_the_verdict_in_two_lines_where_there_is_no_terminal(here, capsys):
     assert cli.main(ARGUMENTS) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "hello from train"

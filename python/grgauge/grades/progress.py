@@ -75,13 +75,14 @@ class Progress:
 
     params  the parameters
     stride  every which row of a parameter is read
+    sizes   elements of these rows, by parameter
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], stride: int) -> None:
         self.params, self.stride = params, stride
         self._optimizer = optimizer
-        elements = [rows_of(p, stride).numel() for p in params]
-        self._elements = torch.tensor(elements, dtype=torch.float64, device=params[0].device)
+        self.sizes = [rows_of(p, stride).numel() for p in params]
+        self._elements = torch.tensor(self.sizes, dtype=torch.float64, device=params[0].device)
 
     def read(self, inv_scale: Tensor | None, found_inf: Tensor | None, before: Sequence[Tensor | None]) -> Tensor:
         """float64 [params, 2]: fall and elements of the rows that were read; NaN without a gradient or a state.
@@ -100,7 +101,7 @@ class Progress:
             h = torch.cat([known[i] for i in alike]).float()
             moves = u.mul_((1.0 + b) * (2.0 * b - 1.0)).add_(h.mul_(p).mul_(1.0 - b))
             products = moves.mul_(self._gradients(alike, group, inv_scale, found_inf))
-            for i, part in zip(alike, products.split([len(known[i]) for i in alike]), strict=True):
+            for i, part in zip(alike, products.split([self.sizes[i] for i in alike]), strict=True):
                 falls[i] = part.sum(dtype=torch.float64) / (2.0 * b * b)
         fall = torch.stack(falls)
         return torch.stack([fall, self._elements.where(fall.isfinite(), torch.nan)], dim=1)
@@ -113,8 +114,7 @@ class Progress:
         rows: list[Tensor | None] = [None] * len(self.params)
         for group, _, alike in self._alike(range(len(self.params))):
             joined = self._gradients(alike, group, inv_scale, found_inf).bfloat16()
-            sizes = [rows_of(self.params[i], self.stride).numel() for i in alike]
-            for i, part in zip(alike, joined.split(sizes), strict=True):
+            for i, part in zip(alike, joined.split([self.sizes[i] for i in alike]), strict=True):
                 rows[i] = part
         return rows
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..optim import local
 from .forecast import Forecast
 from .matrix import Matrix
-from .progress import Progress, rows_of
+from .progress import Progress
 
 Array = npt.NDArray[np.float64]
 
@@ -106,9 +106,9 @@ class Signal:
         self.done, kept = state["done"], state["kept"]
         # Rows of another number of ranks or another sample are of no use: that reading is left out.
         fits = kept is not None and all(
-            t is None or t.numel() == rows_of(p, part.stride).numel()
+            t is None or t.numel() == size
             for part, ts in zip(self._parts, kept, strict=True)
-            for p, t in zip(part.params, ts, strict=True)
+            for size, t in zip(part.sizes, ts, strict=True)
         )
         self.kept = (
             [

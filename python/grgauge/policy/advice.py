@@ -188,7 +188,8 @@ def _lr_from(watch: Watch, summary: Summary, target: Target, known: Calibration)
     interval = curve.read(x, summary.signal_error)
     if not blind and (summary.gr_t_error or 0.0) <= summary.gr_t:
         likely = curve.read(x, summary.signal_error, LIKELY)
-        interval = likely if math.isfinite(likely.low if likely.middle > 0.0 else likely.high) else interval
+        if math.isfinite(likely.low if likely.middle > 0.0 else likely.high):
+            interval = likely
     error = f" ± {summary.gr_t_error:.2g}" if summary.gr_t_error else ""
     found = _correction(interval.shifted(math.log10(share)), f"GR_T {summary.gr_t:.3g}{error} {_when(summary)}")
     if found.direction == "unknown" and blind:

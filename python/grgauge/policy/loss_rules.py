@@ -74,7 +74,7 @@ def plateau(moves: Moves) -> Decision | None:
     s, course, losses, limits = moves.state, moves.state.course, moves.state.losses, moves.settings
     old, blocks = course.now, losses.blocks(course.start)
     now, untrained = losses.level(blocks, course.start), losses.untrained()
-    wait = RULES.plateau_steps if old.lr > (1.0 - RULES.same_lr) * limits.usual_lr else RULES.settled_steps
+    wait = RULES.plateau_steps if _waited_for(moves, old.lr) else RULES.settled_steps
     if now is None or untrained is None or course.age < wait or s.hurt or s.found or s.patient or losses.learned():
         return None
     error, scale = losses.error(blocks), abs(untrained)
@@ -103,9 +103,14 @@ def plateau_left(moves: Moves) -> Decision | None:
     s.on_plateau = False
     evidence = Evidence("plateau", s.course.step, "loss", s.losses.level(RULES.learned_blocks))
     lr = old.lr / min(RULES.plateau_raise, moves.settings.max_lr_factor)
-    if lr > (1.0 - RULES.same_lr) * moves.settings.usual_lr:
+    if _waited_for(moves, lr):
         return Continue("the plateau is left", evidence)
     return moves.to(lr, old.batch_size, "the plateau is left: one move back", evidence)
+
+
+def _waited_for(moves: Moves, lr: float) -> bool:
+    """From the usual learning rate on a plateau is given its time; below, a higher one is tried soon."""
+    return lr > (1.0 - RULES.same_lr) * moves.settings.usual_lr
 
 
 def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence, jumps: bool) -> Decision | None:

@@ -104,9 +104,7 @@ class Rules:
     plateau_slope: float = 0.005  # ... beside that share of the untrained loss: beyond, the loss falls
     plateau_raise: float = 3.0  # by which lr goes up, and one move back when it was enough
     plateau_steps: int = 200  # to wait at the usual learning rate and above: some tasks begin with a plateau
-    plateau_most: float = (
-        30.0  # times the usual learning rate: where weights are lost, and not for want of a higher one
-    )
+    plateau_most: float = 30.0  # times the usual learning rate: weights are lost there, if anywhere
     plateau_below: float = 0.1  # share of a learning rate that failed: the weights there may have been just as lost
 
     # a stall: the loss has stood still for a while
