@@ -115,7 +115,7 @@ class GradES:
             "element": a mean over elements. "matrix": a sum over the matrix, as in the paper.
         warmup: Steps before the level is taken, or before readings count in a forecast; None: a tenth of total_steps.
         every: Steps between readings; between them nothing is computed. At least 2 with "delta" and "signal". None: 10;
-            with "signal" fewer in runs of less than 2000 steps, total_steps / 200, but 3 or more.
+            with "signal" fewer in runs of less than 2000 steps, total_steps / 200.
         sample: Elements to read on each rank. None: one for each 200 float32 elements of the monitored parameters
             ("delta", "norm") or of all that is trained ("signal"), at most 2^24. "delta" and "norm" read at least a
             block of each matrix, small ones whole; "signal" at least 2^16 elements of all that is trained. The state is
@@ -184,7 +184,7 @@ class GradES:
         least_every = 1 if metric == "norm" else 2
         warmup = math.ceil(total_steps / 10) if warmup is None else warmup
         if every is None:
-            every = min(10, max(3, total_steps // 200)) if signal else 10
+            every = min(10, max(2, total_steps // 200)) if signal else 10
         for name, value, least in (
             ("total_steps", total_steps, 1),
             ("patience", patience, 1),

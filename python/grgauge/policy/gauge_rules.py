@@ -26,31 +26,24 @@ def batch_size(moves: Moves, reading: Reading) -> Decision | None:
         s.away = s.away if interval is None else 0
         return None
     s.away += 1
-    most = min(RULES.found_raise, limits.max_batch_factor) if s.found else limits.max_batch_factor
     # The first gradients agree at any batch. Small ones, which save samples and no steps, have to be asked for later.
     early = min(old.batch_size, RULES.small_batch) if s.course.age < RULES.target_step else 0
     least = max(old.batch_size / limits.max_batch_factor**2, early)
-    batch = limits.fit(old, old.lr, min(max(wanted, least), old.batch_size * most)).batch_size
+    batch = limits.fit(old, old.lr, min(max(wanted, least), old.batch_size * limits.max_batch_factor)).batch_size
     ratio = batch / old.batch_size
     needed, checks = (RULES.found_batch_change, RULES.found_checks) if s.found else (RULES.batch_change, 1)
     if max(ratio, 1.0 / ratio) < needed or s.away < checks:
         return None
-    evidence, (low_gr_t, high_gr_t) = Evidence("batch", s.course.step, "GR_S", gr_s, interval), limits.target.gr_t_zone
+    evidence = Evidence("batch", s.course.step, "GR_S", gr_s, interval)
     if ratio < 1.0:
         lr = moves.below(old.lr * ratio**limits.coupling, batch)
         return moves.to(lr, batch, "the batch is larger than it need be", evidence)
-    reason = "the batch is too small"
-    if s.found:
-        quiet = not s.recent or s.recent[-1] <= math.log(high_gr_t)
-        if batch > RULES.largest_stalled or not quiet:
-            return None
-        return stall(moves, old.lr, batch, reason, evidence, _jumps(reading))
-    if batch > RULES.small_batch or not s.losses.learned():
-        return None
-    # lr up only where GR_T asks for it too: from below. Later, noise that grows with progress asks for averaging.
-    low = not s.hurt and bool(s.recent) and max(s.recent) < math.log(low_gr_t)
+    if s.found or batch > RULES.small_batch or not s.losses.learned():
+        return None  # noise that grows with progress asks for averaging
+    # lr up only where GR_T asks for it too: from below.
+    low = not s.hurt and bool(s.recent) and max(s.recent) < math.log(limits.target.gr_t_zone[0])
     lr = old.lr * ratio**limits.coupling if low else old.lr
-    return moves.to(moves.below(lr, batch), batch, reason, evidence)
+    return moves.to(moves.below(lr, batch), batch, "the batch is too small", evidence)
 
 
 def _wanted_batch(moves: Moves, reading: Reading, gr_s: float, interval: tuple[float, float] | None) -> float | None:
@@ -174,18 +167,17 @@ def _not_yet(moves: Moves, gr_t: float, reach: float) -> str | None:
 
 
 def _too_high(moves: Moves, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
-    """The rule that lowers the learning rate: by (GR_T*/GR_T)^(1/2), at once if far too high, else after a stall."""
+    """The rule that lowers the learning rate: by (GR_T*/GR_T)^(1/2), if far too high before it was found good."""
     s, age, limits, old = moves.state, moves.state.course.age, moves.settings, moves.state.course.now
-    beyond = gr_t > RULES.overshot * limits.target.gr_t_zone[1]
-    overshot = not s.found and beyond and age >= RULES.settled_steps and not _jumps(reading)
+    beyond, jumps = gr_t > RULES.overshot * limits.target.gr_t_zone[1], _jumps(reading)
+    overshot = not s.found and beyond and age >= RULES.settled_steps and not jumps
     s.found = s.found or (age >= limits.grace and s.losses.learned())
-    factor = min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered)
-    lr, reason = old.lr * max(factor, 1.0 / limits.max_lr_factor), "the learning rate is too high"
     if overshot:
+        factor = min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered)
         moves.cap(old.lr)
-        return moves.to(lr, old.batch_size, reason, evidence)
-    stalled = stall(moves, lr, old.batch_size, reason, evidence, _jumps(reading))
-    return stalled or Continue("above the zone, but the loss falls", evidence)
+        lr = old.lr * max(factor, 1.0 / limits.max_lr_factor)
+        return moves.to(lr, old.batch_size, "the learning rate is too high", evidence)
+    return (stall(moves) if jumps else None) or Continue("above the zone: averaging the weights does for it", evidence)
 
 
 def full_grown(gr_t: float, finite_time_factor: float) -> float:

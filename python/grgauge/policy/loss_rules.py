@@ -113,11 +113,10 @@ def _waited_for(moves: Moves, lr: float) -> bool:
     return lr > (1.0 - RULES.same_lr) * moves.settings.usual_lr
 
 
-def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence, jumps: bool) -> Decision | None:
-    """Against a loss that has not fallen for a while, all of it under this configuration.
+def stall(moves: Moves) -> Decision | None:
+    """Against a loss that has not fallen for a while, all of it under this configuration, where GR_T cannot tell why.
 
-    With less noise, at the configuration given; but where GR_T `jumps`, with a higher learning rate, on trial, or if a
-    probe has found that far worse, with a lower one.
+    With a higher learning rate, on trial, or if a probe has found that far worse, with a lower one.
     """
     s, old, losses = moves.state, moves.state.course.now, moves.state.losses
     since = (1.0 - RULES.stall_share) * s.course.samples
@@ -128,16 +127,14 @@ def stall(moves: Moves, lr: float, batch: float, reason: str, evidence: Evidence
     error = losses.error(blocks // 2)
     if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
         return None
-    higher = moves.below(RULES.stall_raise * old.lr, old.batch_size)
-    if jumps and s.no_higher is not None and old.lr >= s.no_higher:
-        jumps, lr, batch = False, old.lr / RULES.stall_raise, old.batch_size
+    evidence = Evidence("stall", s.course.step, "loss", level)
+    if s.no_higher is not None and old.lr >= s.no_higher:
+        moves.cap(old.lr)
         reason = "the loss has stalled, and a higher learning rate is far worse"
-        evidence = replace(evidence, rule="stall")
-    if not jumps or higher < RULES.least_raise * old.lr:
-        if lr < old.lr:
-            moves.cap(old.lr)
-        return moves.to(lr, batch, reason, evidence)
-    evidence = replace(evidence, rule="stall")
+        return moves.to(old.lr / RULES.stall_raise, old.batch_size, reason, evidence)
+    higher = moves.below(RULES.stall_raise * old.lr, old.batch_size)
+    if higher < RULES.least_raise * old.lr:
+        return None
     decision = moves.to(higher, old.batch_size, "the loss has stalled, and GR_T cannot tell why", evidence)
     s.trial = RaiseOnTrial(old.lr, level, losses.error(blocks)) if isinstance(decision, Retune) else None
     return decision

@@ -75,9 +75,7 @@ class Rules:
     batch_change: float = 1.5  # a smaller factor is not worth a cold start of the gauges
     found_batch_change: float = 1.8  # ... where lr is found good
     found_checks: int = 4  # in a row that must ask for another batch then
-    found_raise: float = 2.0  # the most that a batch grows by then, ...
-    largest_stalled: int = 64  # against a stall; beyond, averaging weights does it for less
-    # Before lr is found good only a batch up to `small_batch` is raised: noise in a larger one costs less than the
+    # Only before lr is found good is a batch raised, and up to `small_batch`: noise in a larger one costs less than the
     # samples that would average it out. Before `target_step` none is lowered below it.
     young_steps: int = 150  # until then a learning rate far too low is left ...
     cheap_batch: int = 32  # ... at no larger batch than that, as is a plateau: steps count, and are cheaper so
