@@ -27,7 +27,7 @@ MARKS = {
     "ranks": ("distributed/*", "*ranks*.py"),
     "engines": ("engines/*", "integrations/*"),
     "static": ("static/*", "kernels/test_cuda_on_cpu.py"),
-    "simulated": ("policy/test_policy.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report*.py"),
+    "simulated": ("policy/test_simulated.py", "tuning/*", "judge/*", "cli/test_demo.py", "cli/test_report*.py"),
     "pages": ("docs/*",),
     "device": ("device/*",),
 }

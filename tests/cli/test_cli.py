@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import grgauge_kernels as gk
-from grgauge.cli import commands as cli
+from grgauge.cli import console, main
+from grgauge.cli.commands import demo
 from grgauge_kernels.backends import cpu
 
 WITHOUT_EXTRAS = "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None; "
@@ -25,7 +26,7 @@ def run(*arguments, code="", cwd=None):
 
 @pytest.fixture
 def on_terminal(monkeypatch):
-    monkeypatch.setattr(cli, "_on_terminal", lambda: True)
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def on_terminal(monkeypatch):
 )
 def test_a_wrong_argument_is_exit_code_2_and_says_which(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(arguments)
+        main(arguments)
     assert exit.value.code == 2
     assert complaint in capsys.readouterr().err
 
@@ -52,7 +53,7 @@ def test_a_wrong_argument_is_exit_code_2_and_says_which(arguments, complaint, ca
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["doctor", "--help"]])
 def test_help_lists_the_exit_codes(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(arguments)
+        main(arguments)
     assert exit.value.code == 0
     assert "130  interrupted" in capsys.readouterr().out
 
@@ -67,7 +68,7 @@ def test_a_closed_stdout_is_no_traceback():
 
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["--version"])
+        main(["--version"])
     assert exit.value.code == 0
     assert capsys.readouterr().out.startswith("grgauge 0.")
 
@@ -75,7 +76,7 @@ def test_version(capsys):
 @pytest.mark.parametrize("name", ["nowhere/plane.png", ".", "plane.docx"])
 def test_an_unusable_out_is_refused_before_training(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo", "--json", "--out", name]) == 2
+    assert main(["demo", "--json", "--out", name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("grgauge demo: ")
@@ -87,8 +88,8 @@ def test_an_unusable_out_is_refused_before_training(name, tmp_path, monkeypatch,
 def test_the_check_of_out_leaves_no_trace(tmp_path):
     new, old = tmp_path / "new.png", tmp_path / "old.svg"
     old.write_text("kept")
-    assert cli._picture(new) == new
-    assert cli._picture(old) == old
+    assert demo.checked_picture(new) == new
+    assert demo.checked_picture(old) == old
     assert not new.exists()
     assert old.read_text() == "kept"
 
@@ -101,23 +102,23 @@ def test_json_works_without_rich_and_without_matplotlib(tmp_path):
     done = run("demo", "--json", "--steps", "10", code=WITHOUT_EXTRAS + one_run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["picture"] is None
-    assert done.stderr == f"No picture: it needs matplotlib: {cli.INSTALL}\n"
+    assert done.stderr == f"No picture: it needs matplotlib: {demo.INSTALL}\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_picture_asked_for_needs_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main(["demo", "--out", "plane.png"]) == 2
-    assert capsys.readouterr() == ("", f"grgauge demo: --out needs matplotlib: {cli.INSTALL}\n")
+    assert main(["demo", "--out", "plane.png"]) == 2
+    assert capsys.readouterr() == ("", f"grgauge demo: --out needs matplotlib: {demo.INSTALL}\n")
 
 
 @pytest.mark.usefixtures("on_terminal")
 def test_the_live_table_needs_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert cli.main(["demo"]) == 2
+    assert main(["demo"]) == 2
     assert capsys.readouterr() == (
         "",
-        f"grgauge demo: the live table needs rich: {cli.INSTALL} (or pass --json)\n",
+        f"grgauge demo: the live table needs rich: {demo.INSTALL} (or pass --json)\n",
     )
 
 
@@ -140,7 +141,7 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path):
 
 def test_an_ascii_terminal_is_no_reason_to_crash(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    cli.main(["doctor"])
+    main(["doctor"])
     print("2×", end="", flush=True)
     assert sys.stdout.buffer.getvalue().endswith(b"2?")
 
@@ -155,7 +156,7 @@ def test_a_closed_pipe_is_nobodys_mistake():
 
 
 def test_doctor_json_is_what_is_installed(capsys):
-    code = cli.main(["doctor", "--json"])
+    code = main(["doctor", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
     assert set(facts["versions"]) == {"grgauge-kernels", "python", "torch", "triton", "numpy"}
@@ -168,7 +169,7 @@ def test_doctor_json_is_what_is_installed(capsys):
 
 
 def test_doctor_names_the_instruction_set_of_the_cpu_backend(capsys):
-    cli.main(["doctor", "--json"])
+    main(["doctor", "--json"])
     assert json.loads(capsys.readouterr().out)["cpu"]["instruction_set"] == cpu.isa()
 
 
@@ -176,7 +177,7 @@ def test_doctor_names_the_instruction_set_of_the_cpu_backend(capsys):
 def test_doctor_lists_every_backend_with_and_without_rich(rich, on_terminal, monkeypatch, capsys):
     if not rich:
         monkeypatch.setitem(sys.modules, "rich", None)
-    cli.main(["doctor"])
+    main(["doctor"])
     out = capsys.readouterr().out
     assert all(name in out for name in (*gk.backends(), torch.__version__, "devices"))
 
@@ -184,7 +185,7 @@ def test_doctor_lists_every_backend_with_and_without_rich(rich, on_terminal, mon
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is not the one that counts")
 def test_doctor_fails_without_a_native_backend_and_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "unavailable", lambda device=None: "libgrgauge_cpu.so is not built; run `pip install .`")
-    assert cli.main(["doctor"]) == 1
+    assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "missing: libgrgauge_cpu.so is not built; run `pip install .`" in out
     assert "cpu has no native backend" in out.splitlines()[-1]

@@ -13,7 +13,7 @@ from cli.pages import words
 from cli.studies import segment, stored, typical
 
 from grgauge import report
-from grgauge.cli import commands as cli
+from grgauge.cli import main
 from grgauge.report import study
 
 
@@ -32,7 +32,7 @@ def test_command_writes_the_page_and_leaves_the_study_alone(tmp_path, monkeypatc
     db = typical(tmp_path / "run.db")
     before = db.read_bytes()
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["report", "run.db"]) == 0
+    assert main(["report", "run.db"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out == [
         "Train with lr 4e-3 and batch 48: GR_T and GR_S are in the zone.",
@@ -44,7 +44,7 @@ def test_command_writes_the_page_and_leaves_the_study_alone(tmp_path, monkeypatc
 
 def test_json_is_one_document(tmp_path, capsys):
     out = tmp_path / "page.html"
-    assert cli.main(["report", str(typical(tmp_path / "run.db")), "--out", str(out), "--json"]) == 0
+    assert main(["report", str(typical(tmp_path / "run.db")), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "study": "letters",
         "verdict": "Train with lr 4e-3 and batch 48: GR_T and GR_S are in the zone.",
@@ -59,7 +59,7 @@ def test_json_is_one_document(tmp_path, capsys):
 
 
 def complaint(capsys, *arguments):
-    assert cli.main(["report", *map(str, arguments)]) == 2
+    assert main(["report", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("grgauge report: ")
@@ -92,7 +92,7 @@ def test_the_study_must_be_there_and_be_one(tmp_path, capsys):
     assert "holds no study 'third', only first" in complaint(capsys, db, "--study", "third")
     stored(db, [segment(0)], name="second")
     assert "2 studies, choose one of them: first, second" in complaint(capsys, db)
-    assert cli.main(["report", str(db), "--study", "second", "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(db), "--study", "second", "--out", str(tmp_path / "page.html")]) == 0
     assert "second" in words(tmp_path / "page.html")
 
 

@@ -1,62 +1,21 @@
-"""The policy: single decisions, and thousands of simulated trainings in a closed loop with it."""
+"""The policy: single decisions on readings and losses made by hand."""
 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policy.healthy import CONFIG, READING, watch
-from policy.simulated import EVERY, FATAL, Loop, Outcome, World, ideal_cost
+from policy.simulated import EVERY
 
-from grgauge import Config, Continue, Evidence, Policy, Retune, Stop, Target, theory
-from grgauge.policy import Probe
+from grgauge import Config, Continue, Policy, Retune, Stop, Target, theory
 from grgauge.policy.gauge_rules import full_grown
-from grgauge.policy.losses import Losses, loss_at
-from grgauge.policy.rules import RULES
 
-# --- the five ways in which simpler controllers failed ---------------------------------------------------------------
-
-
-def outcome(world=None, lr=1e-3, batch=64, seed=0, samples=3e5, progress=2.0, with_loss=True, **settings) -> Outcome:
-    settings = {"min_batch": 4, "max_batch": 512, **settings}
-    return Loop(Policy(**settings), world or World(), Config(lr, batch), seed, with_loss).run(samples, progress)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_a_batch_far_too_large_is_left_after_one_reading(seed):
-    """512 at 1e-5 with a noise scale of 20: not a warm-up of 20 steps, not even 10."""
-    run = outcome(World(mu=20.0), lr=1e-5, batch=512, seed=seed)
-    step, first = next((s, d) for s, d in run.decisions if isinstance(d, Retune))
-    assert step == EVERY
-    assert first.evidence.quantity == "GR_S"
-    assert first.reuse
-    assert first.config.batch_size <= 128
-    assert first.config.lr == pytest.approx(1e-5 * math.sqrt(first.config.batch_size / 512))
-    assert run.reached
-    assert run.cost < 2.2 * ideal_cost(World(mu=20.0), 2.0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_b_a_dead_network_is_left_although_its_gauges_look_healthy(seed):
-    """The very gauges of the zone; the loss exploded, then came back to that of untrained weights and stays there."""
-    policy = Policy()
-    assert isinstance(policy.observe(None, CONFIG, loss=2.3), Continue)
-    losses = [3.4, 2.8] + [2.3 + 0.01 * (-1) ** i for i in range(18)]
-    decision = watch(policy, losses=losses)
-    assert isinstance(decision, Retune)
-    assert not decision.reuse
-    assert decision.evidence.quantity == "loss"
-    assert decision.config.lr == pytest.approx(1e-3 / 30)
-    run = outcome(lr=0.3, seed=seed)
-    assert run.reached
-    assert not run.training.dead
-    assert not run.moves[0].reuse
+# --- the five ways in which simpler controllers failed; whole trainings are in test_simulated ------------------------
 
 
 def test_b_without_its_loss_a_dead_network_cannot_be_told():
@@ -106,15 +65,6 @@ def test_a_gr_t_above_its_zone_moves_nothing_where_it_was_in_it_before():
     assert "above the zone" in late.reason
 
 
-def test_d_a_noise_scale_far_above_the_batch_is_no_reason_for_a_large_one():
-    """A batch grows early to 16 at most, and later step by step: what it averages out costs more than it gains."""
-    for seed in range(10):
-        run = outcome(World(mu=1000.0), lr=1e-4, batch=16, seed=seed, samples=1e6, progress=3.0)
-        sizes = [16] + [move.config.batch_size for move in run.moves]
-        assert all(b <= max(16, 2 * a) for a, b in pairwise(sizes))
-        assert run.reached
-
-
 def test_d_an_estimate_of_the_noise_scale_that_is_lost_in_noise_is_not_solved_for():
     decision = watch(Policy(), Config(1e-3, 4), gr_s=0.97, gr_s_error=0.05, noise_scale=2e6, noise_scale_error=3e6)
     assert 4 < decision.config.batch_size <= 16
@@ -131,52 +81,6 @@ def test_e_the_blind_gauge_settles_nothing(gr_t):
 def settled(policy, first, losses):
     """A learning rate that was found good is not raised for a GR_T just below its zone; any other is."""
     return isinstance(watch(policy, first=first, checks=15, gr_t=10.0, losses=losses), Continue)
-
-
-@pytest.mark.parametrize("gr_t", [8.0, 19.0, 25.0])
-def test_e_a_plateau_is_left_by_the_loss(gr_t):
-    """Blind, or in the zone as noise alone would be: where the loss does not move the learning rate goes up."""
-    losses, falling = [2.3 + 0.001 * (-1) ** i for i in range(45)], [2.3 - 0.05 * i for i in range(45)]
-    blind = {"gr_t": gr_t, "gr_s": 0.99, "gr_s_error": 0.01}
-    # below the usual learning rate soon, and one move back when it is left
-    policy = Policy(min_batch=64, lr_bounds=(1e-6, 1e3))
-    raised = watch(policy, checks=8, losses=losses, **blind)
-    assert raised.evidence.rule == "plateau"
-    assert raised.config.lr == pytest.approx(3e-3)
-    back = watch(policy, raised.config, first=raised.evidence.step + 5, checks=40, losses=falling, **blind)
-    assert back.config.lr == pytest.approx(1e-3)
-    assert back.reuse
-    # at it there is time to wait, and no way back
-    policy = Policy(min_batch=64, lr_bounds=(1e-5, 1e-1))
-    assert isinstance(watch(policy, checks=35, losses=losses, **blind), Continue)
-    raised = watch(policy, first=180, checks=10, losses=losses[35:], **blind)
-    assert raised.config.lr == pytest.approx(3e-3)
-    left = watch(policy, raised.config, first=raised.evidence.step + 5, checks=10, losses=falling, **blind)
-    assert isinstance(left, Continue)
-
-
-def test_e_a_plateau_is_explored_at_a_cheap_batch():
-    losses = [2.3 + 0.001 * (-1) ** i for i in range(60)]
-    raised = watch(Policy(), Config(1e-3, 512), checks=60, gr_s=0.55, losses=losses)
-    assert raised.config == Config(1.5e-3, 128)
-
-
-def test_e_a_plateau_is_waited_for_once_no_learning_rate_has_moved_the_loss():
-    """Below the usual learning rate a raise comes soon, from there on after 200 steps; then again from the start."""
-    policy, step, config, moves = Policy(lr_bounds=(1e-5, 1.0), min_batch=64), 0, Config(5.6e-4, 64), []
-    for i in range(1000):
-        step += 5
-        read = replace(READING, step=step, gr_t=19.0, gr_s=0.99, gr_s_error=0.01, batch_size=64)
-        decision = policy.observe(read, config, loss=2.3 + 0.001 * (-1) ** i)
-        if isinstance(decision, Retune):
-            moves.append((step, decision.config.lr, decision.reuse))
-            config, step = decision.config, step if decision.reuse else 0
-    usual = 10 ** (-5 + 5 * 4 / 9)
-    lrs = [5.6e-4 * 3**k for k in (1, 2, 3, 4)]
-    assert [lr for _, lr, _ in moves] == pytest.approx([*lrs, usual], rel=0.01)
-    assert [reuse for _, _, reuse in moves] == [True] * 4 + [False]
-    assert moves[0][0] <= 40
-    assert all(later - step >= 200 for (step, *_), (later, *_) in pairwise(moves))
 
 
 def test_e_a_gauge_that_may_be_blind_settles_nothing():
@@ -212,17 +116,7 @@ def test_a_schedule_that_decays_is_not_worked_against():
     )
 
 
-def test_warm_up_delays_the_search_and_does_not_mislead_it():
-    loop = Loop(Policy(min_batch=4, max_batch=512), World(), Config(3e-3, 64))
-    for i in range(40):
-        loop.turn(min((i + 1) / 30, 1.0))
-    assert loop.config.lr <= 3e-3 * 2
-
-
-# --- the closed loop -------------------------------------------------------------------------------------------------
-
-STARTS = 600
-PROGRESS = 3.0
+# --- how training begins ---------------------------------------------------------------------------------------------
 
 
 def test_weights_hurt_by_their_first_steps_are_given_up_rather_than_pushed_on():
@@ -309,100 +203,6 @@ def test_a_batch_of_one_which_reads_1_whatever_the_noise_is_grows_step_by_step()
     assert decision.evidence.quantity == "GR_S"
 
 
-# --- many starts -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def journeys() -> tuple[tuple[World, Config, Outcome, float], ...]:
-    """Random worlds and starts, log-uniform over lr 1e-5..1 and batch 8..512, until the excess loss is e^-3."""
-    rng, runs = random.Random(3), []
-    for seed in range(STARTS):
-        world = World(best=10 ** rng.uniform(-3.5, -1.5), mu=10 ** rng.uniform(1.0, 2.5), drift=rng.random())
-        start = Config(10 ** rng.uniform(-5, 0), round(8 * 64 ** rng.random()))
-        ideal = ideal_cost(world, PROGRESS)
-        policy = Policy(min_batch=4, max_batch=512)
-        runs.append((world, start, Loop(policy, world, start, seed).run(6 * ideal, PROGRESS), ideal))
-    return tuple(runs)
-
-
-def test_nearly_every_start_arrives_at_little_more_than_the_cost_of_an_ideal_run():
-    ratios = sorted(run.cost / ideal if run.reached else math.inf for _, _, run, ideal in journeys())
-    assert ratios[len(ratios) // 2] < 1.0
-    assert ratios[int(0.9 * len(ratios))] < 1.5
-    assert ratios[int(0.98 * len(ratios))] < 2.5
-
-
-def test_nearly_every_start_ends_near_the_best_learning_rate():
-    near = [
-        0.4 < run.config.lr / world.best_lr(run.config.batch_size, run.training.progress) < 3.0
-        for world, _, run, _ in journeys()
-    ]
-    assert sum(near) >= 0.95 * len(near)
-
-
-def test_nothing_oscillates_for_ever():
-    """Few moves in all, no configuration proposed again and again, and hardly any once the search is over."""
-    for _, _, run, _ in journeys():
-        assert len(run.moves) <= 25
-        configs = [move.config for move in run.moves]
-        assert all(configs.count(config) <= 3 for config in configs)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_once_found_a_configuration_stays(seed):
-    """In 200 000 samples, moves in the second half are a few at most."""
-    rng = random.Random(seed)
-    run = outcome(
-        World(mu=10 ** rng.uniform(1.0, 2.5), drift=0.1),
-        lr=10 ** rng.uniform(-5, 0),
-        batch=round(8 * 64 ** rng.random()),
-        seed=seed,
-        samples=200_000,
-        progress=math.inf,
-    )
-    late = [decision for _, decision in run.decisions[len(run.decisions) // 2 :] if isinstance(decision, Retune)]
-    assert len(late) <= 6
-
-
-def test_gr_t_moves_nothing_while_it_is_blind():
-    for _, _, run, _ in journeys():
-        for move in run.moves:
-            if move.evidence.quantity == "GR_T":
-                assert move.evidence.rule == "learning rate"
-
-
-def test_every_decision_says_why_in_one_line():
-    seen = set()
-    for _, _, run, _ in journeys()[:100]:
-        for _, decision in run.decisions:
-            assert decision.reason
-            assert decision.evidence.rule
-            text = str(decision)
-            assert "\n" not in text
-            assert decision.reason in text
-            seen.add(decision.evidence.rule)
-    assert {"waiting", "learning rate", "batch", "explosion", "blind"} <= seen
-
-
-def test_the_measured_rules_beat_the_published_ones_from_bad_starts():
-    """Learning rates ten times off and more; same worlds, starts, seeds and bounds, compared at equal samples.
-
-    The published rules go back to untrained weights whenever 20 steps have not brought the gauges into the zone.
-    """
-    ahead, arrived, bad = 0, 0, 0
-    for seed, (world, start, run, ideal) in enumerate(journeys()[:200]):
-        if 0.1 < start.lr / world.best_lr(start.batch_size) < 10.0:
-            continue
-        published = Loop(Policy.paper(min_batch=4, max_batch=512), world, start, seed)
-        other = published.run(run.cost)
-        bad += 1
-        ahead += run.training.progress > other.training.progress + 1.0
-        arrived += published.run(6 * ideal, PROGRESS).reached
-    assert bad > 80
-    assert ahead >= 0.95 * bad, "an excess loss smaller by a factor e or more"
-    assert arrived < 0.5 * bad
-
-
 # --- the caller's own ways -------------------------------------------------------------------------------------------
 
 
@@ -458,47 +258,7 @@ def test_full_grown_inverts_the_cold_start(signal, t):
     assert full_grown(young, theory.finite_time_factor(t)) == pytest.approx(theory.steady_signal(signal), rel=1e-3)
 
 
-def test_losses_know_their_noise_whatever_their_trend():
-    rng, losses = random.Random(0), Losses()
-    for i in range(400):
-        losses.add(5.0 - 0.01 * i + rng.gauss(0.0, 0.2))
-        if i % 5 == 4:
-            losses.close(i)
-    assert losses.variance == pytest.approx(0.04, rel=0.6)
-    assert losses.fall(20, -1.0) == pytest.approx(0.5, abs=0.2)
-    assert loss_at(losses.curve, 201.0) == pytest.approx(5.0 - 2.0, abs=0.4)
-    assert loss_at(losses.curve, 1e6) is None
-
-
-def test_losses_stay_small_and_keep_their_span():
-    losses = Losses()
-    for i in range(10_000):
-        losses.add(1.0)
-        losses.close(i)
-    assert len(losses.curve) <= RULES.kept_blocks
-    assert losses.curve[0].samples == 0
-    assert losses.curve[-1].samples == 9999
-
-
-@pytest.mark.parametrize(
-    ("batch", "steps", "batches"),
-    [(128, 10, 4), (16, 10, 4), (3, 10, 22), (128, 100, 12), (3, 1000, 125)],
-)
-def test_a_probe_compares_on_few_batches_but_on_enough_of_them(batch, steps, batches):
-    """Four, of 64 samples in all, or one for eight steps: whatever is most."""
-    here, there = Config(1e-3, batch), Config(3e-3, batch)
-    assert Probe((here, there), steps * batch, "noise hides it", Evidence("probe")).batches == batches
-
-
 def test_a_target_of_ones_own_is_the_one_that_is_aimed_at():
     target = Target(gr_t=10.0, gr_t_zone=(9.0, 11.0))
     assert isinstance(watch(Policy(target), gr_t=10.0), Continue)
     assert isinstance(watch(Policy.paper(target=target), gr_t=20.0), Retune)
-
-
-def test_the_simulator_kills_above_its_fatal_rate_and_looks_healthy_then():
-    loop = Loop(Policy(max_moves=0), World(), Config(2 * FATAL * 3e-3, 64))
-    for _ in range(30):
-        loop.turn()
-    assert loop.training.dead
-    assert 12.0 < full_grown(loop.training.advance()[0].gr_t, 1.0) < 30.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from policy.healthy import CONFIG, READING
 
-from grgauge import Continue, Policy, Retune
+from grgauge import Config, Continue, Evidence, Policy, Retune
 from grgauge.policy import Probe
 
 UP, DOWN = 3.0, 1.0 / 3.0
@@ -151,3 +151,13 @@ def test_where_gr_t_is_not_clearly_low_a_probe_is_asked_first():
     assert step >= 60
     assert factor(probe) == pytest.approx(UP)
     assert isinstance(low(32, FALLING, gr_t=3.0)[1], Retune)
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "batches"),
+    [(128, 10, 4), (16, 10, 4), (3, 10, 22), (128, 100, 12), (3, 1000, 125)],
+)
+def test_a_probe_compares_on_few_batches_but_on_enough_of_them(batch, steps, batches):
+    """Four, of 64 samples in all, or one for eight steps: whatever is most."""
+    here, there = Config(1e-3, batch), Config(3e-3, batch)
+    assert Probe((here, there), steps * batch, "noise hides it", Evidence("probe")).batches == batches

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from tuning.scripted import linear
 
 from grgauge import Config, TrainingError
-from grgauge.cli import commands as cli
+from grgauge.cli import main
 from grgauge.tuning.fingerprint import fingerprint
 
 START = Config(0.01, 32)
@@ -269,13 +269,13 @@ def test_the_command_begins_again_with_fresh(tmp_path, capsys, monkeypatch):
         "--storage",
         "what? 100%#.db",
     ]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     first = capsys.readouterr().out
     assert "320 samples" in first
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert "Nothing was trained" in capsys.readouterr().out
-    assert cli.main([*command, "--fresh"]) == 0
+    assert main([*command, "--fresh"]) == 0
     assert capsys.readouterr().out == first
     assert (tmp_path / "what? 100%#.db").is_file()
-    assert cli.main(["report", "what? 100%#.db", "--study", "train-1"]) == 0
+    assert main(["report", "what? 100%#.db", "--study", "train-1"]) == 0
     assert not (tmp_path / "what").exists()

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from grgauge.cli import commands as cli
+from grgauge.cli import console, main
+from grgauge.cli.commands import tune
 
 FILE = """\
 import torch
@@ -56,7 +57,7 @@ ARGUMENTS = [
 
 
 def test_it_ends_with_the_verdict_in_two_lines_where_there_is_no_terminal(here, capsys):
-    assert cli.main(ARGUMENTS) == 0
+    assert main(ARGUMENTS) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "hello from train"
     verdict = out.splitlines()[1:]
@@ -64,7 +65,7 @@ def test_it_ends_with_the_verdict_in_two_lines_where_there_is_no_terminal(here, 
     assert len(verdict) == 2
     assert err == ""
     # the same command: it is finished, and says so
-    assert cli.main([*ARGUMENTS, "--json"]) == 0
+    assert main([*ARGUMENTS, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"].startswith("\n".join(verdict) + " Nothing was trained")
     assert document["used"] >= 1000
@@ -73,15 +74,15 @@ def test_it_ends_with_the_verdict_in_two_lines_where_there_is_no_terminal(here, 
 
 
 def test_the_live_table_shows_trials_and_the_budget(here, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_on_terminal", lambda: True)
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert cli.main(ARGUMENTS) == 0
+    assert main(ARGUMENTS) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("trial", "GR_T", "of 1000 samples", "hello from train"))
 
 
 def test_a_failing_function_is_exit_code_1_with_its_traceback(here, capsys):
-    assert cli.main(["tune", "fit.py:broken", "--budget", "100", "--storage", "a.db"]) == 1
+    assert main(["tune", "fit.py:broken", "--budget", "100", "--storage", "a.db"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" in err
@@ -102,7 +103,7 @@ def test_a_failing_function_is_exit_code_1_with_its_traceback(here, capsys):
     ],
 )
 def test_bad_usage_is_exit_code_2_and_one_line(arguments, complaint, here, capsys):
-    assert cli.main(["tune", *arguments]) == 2
+    assert main(["tune", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("grgauge tune: ")
     assert complaint in err
@@ -115,7 +116,7 @@ def test_bad_usage_is_exit_code_2_and_one_line(arguments, complaint, here, capsy
 )
 def test_a_bad_number_is_refused_by_name(argument, complaint, here, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["tune", "fit.py:train", "--budget", "9", argument])
+        main(["tune", "fit.py:train", "--budget", "9", argument])
     assert exit.value.code == 2
     err = capsys.readouterr().err
     assert complaint in err
@@ -124,8 +125,8 @@ def test_a_bad_number_is_refused_by_name(argument, complaint, here, capsys):
 
 def test_without_optuna_it_says_how_to_install_it(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert cli.main(ARGUMENTS) == 2
-    assert capsys.readouterr().err == f"grgauge tune: trials are stored with optuna: {cli.INSTALL_TUNE}\n"
+    assert main(ARGUMENTS) == 2
+    assert capsys.readouterr().err == f"grgauge tune: trials are stored with optuna: {tune.INSTALL}\n"
 
 
 def test_the_demo_interrupted_goes_on_with_the_same_command(tmp_path):

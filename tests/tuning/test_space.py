@@ -12,7 +12,7 @@ from torch import nn
 from tuning.scripted import linear, retune
 
 from grgauge import Config, TrainingError, report
-from grgauge.cli import commands as cli
+from grgauge.cli import main
 from grgauge.invariance import Space, decay_within
 
 SPACE = Space(lr=(1e-5, 1.0), weight_decay=(0.01, 1.0), batch_size=(8, 512))
@@ -137,11 +137,11 @@ def test_the_command_takes_a_range_or_a_number(tmp_path, capsys, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     common = ["tune", "fit.py:train", "--budget", "500"]
-    assert cli.main([*common, "--storage", "a.db", "--weight-decay", "0.04:0.25"]) == 0
+    assert main([*common, "--storage", "a.db", "--weight-decay", "0.04:0.25"]) == 0
     assert ", weight decay 0.1 does not count in" in capsys.readouterr().out
-    assert cli.main([*common, "--storage", "b.db", "--weight-decay", "0.3"]) == 0
+    assert main([*common, "--storage", "b.db", "--weight-decay", "0.3"]) == 0
     assert "weight decay" not in capsys.readouterr().out
     assert report.load("b.db").decay == 0.3
     with pytest.raises(SystemExit):
-        cli.main([*common, "--weight-decay", "1:0.1"])
+        main([*common, "--weight-decay", "1:0.1"])
     assert "1:0.1 is no range" in capsys.readouterr().err

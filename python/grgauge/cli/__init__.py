@@ -1,5 +1,5 @@
 """The command `grgauge`: demo, tune, report, doctor."""
 
-from .commands import main
+from .main import main
 
 __all__ = ["main"]

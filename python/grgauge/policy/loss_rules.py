@@ -16,40 +16,67 @@ WORSE = "the loss is worse than before the learning rate was raised"
 
 
 def wrecked(moves: Moves, block: float | None) -> Decision | None:
-    """Exploded, dead, or worse than before the newest move."""
-    s, losses, saved, age = moves.state, moves.state.losses, moves.state.saved, moves.state.course.age
-    if block is None or losses.first is None:
+    """Exploded, worse than before the newest raise, or dead: asked in this order."""
+    s, first = moves.state, moves.state.losses.first
+    if block is None or first is None:
         return None
-    first, scale, lr = losses.first, abs(losses.first), s.course.now.lr
-    known = max(first, saved.loss) if saved else first
-    usual = lr <= (1.0 + RULES.same_lr) * moves.settings.usual_lr
+    known, scale, noise = max(first, s.saved.loss) if s.saved else first, abs(first), _noise(moves)
+    evidence = Evidence("explosion", s.course.step, "loss", block, (known - noise, known + noise))
+    decision = _exploded(moves, block, known + RULES.exploded * scale + noise, evidence)
+    if decision is not None:
+        return decision
+    if block > first + RULES.hurt * scale + noise and not _at_usual_lr(moves):
+        s.hurt = True
+    return _worse(moves, evidence) or _dead(moves, evidence)
+
+
+def _at_usual_lr(moves: Moves) -> bool:
+    """At the usual learning rate or below it."""
+    return moves.state.course.now.lr <= (1.0 + RULES.same_lr) * moves.settings.usual_lr
+
+
+def _noise(moves: Moves) -> float:
+    """By how much the newest block and the first loss may differ by chance."""
     # The first loss is low by chance in one of many trainings. Above the usual learning rate there is no time to lose,
     # and noise is what was seen before the newest block: an explosion looks like it.
+    losses = moves.state.losses
     variance = losses.variance_before
     if variance is None:
-        variance = losses.variance if usual else 0.0
-    noise = RULES.judged_errors * math.sqrt(variance * (1.0 + 1.0 / losses.size))
-    evidence = Evidence("explosion", s.course.step, "loss", block, (known - noise, known + noise))
+        variance = losses.variance if _at_usual_lr(moves) else 0.0
+    return RULES.judged_errors * math.sqrt(variance * (1.0 + 1.0 / losses.size))
+
+
+def _exploded(moves: Moves, block: float, high: float, evidence: Evidence) -> Decision | None:
+    """The newest losses are above `high`, or a learning rate on trial has doubled the loss."""
+    s, losses = moves.state, moves.state.losses
     recent = losses.level(RULES.level_blocks, s.course.start)
     # A learning rate on trial may shake the loss: it is judged when that is over, unless the loss doubles.
     doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
-    high = known + RULES.exploded * scale + noise
-    exploded = block > high and (losses.above(high, 2) if usual else losses.stays_above(high))
-    lowest = lr <= moves.settings.lr_bounds[0]
-    if exploded and lowest and saved is None and not losses.above(high, RULES.lost_blocks):
+    exploded = block > high and (losses.above(high, 2) if _at_usual_lr(moves) else losses.stays_above(high))
+    lowest = s.course.now.lr <= moves.settings.lr_bounds[0]
+    if exploded and lowest and s.saved is None and not losses.above(high, RULES.lost_blocks):
         return Continue("the loss exploded at the lowest learning rate allowed, and may recover", evidence)
-    if exploded or doubled:
-        return moves.fail("the loss exploded", evidence)
-    if block > first + RULES.hurt * scale + noise and not usual:
-        s.hurt = True
-    blocks = RULES.recent_blocks
-    if saved and saved.raised and s.trial is None and blocks * moves.settings.every <= age <= RULES.worse_steps:
-        now, error = losses.level(blocks, s.course.start), math.hypot(losses.error(blocks), saved.loss_error)
-        if now is not None and now > saved.loss + RULES.judged_errors * error + RULES.worse * abs(saved.loss):
-            return moves.fail(WORSE, replace(evidence, rule="worse", value=now))
-    if s.hurt and age >= RULES.dead_steps and not losses.learned():
-        return moves.fail("the network is dead", replace(evidence, rule="dead"), rollback=False)
-    return None
+    return moves.fail("the loss exploded", evidence) if exploded or doubled else None
+
+
+def _worse(moves: Moves, evidence: Evidence) -> Decision | None:
+    """The newest move raised the learning rate, and the loss has been worse since."""
+    s, losses, saved, blocks = moves.state, moves.state.losses, moves.state.saved, RULES.recent_blocks
+    soon = blocks * moves.settings.every <= s.course.age <= RULES.worse_steps
+    if saved is None or not saved.raised or s.trial is not None or not soon:
+        return None
+    now, error = losses.level(blocks, s.course.start), math.hypot(losses.error(blocks), saved.loss_error)
+    if now is None or now <= saved.loss + RULES.judged_errors * error + RULES.worse * abs(saved.loss):
+        return None
+    return moves.fail(WORSE, replace(evidence, rule="worse", value=now))
+
+
+def _dead(moves: Moves, evidence: Evidence) -> Decision | None:
+    """Weights that were hurt have learned nothing in the time that they had."""
+    s = moves.state
+    if not s.hurt or s.course.age < RULES.dead_steps or s.losses.learned():
+        return None
+    return moves.fail("the network is dead", replace(evidence, rule="dead"), rollback=False)
 
 
 def rival_further(moves: Moves) -> Decision | None:

@@ -1,0 +1,1 @@
+"""The commands: a file each, with its arguments and what it does."""
