@@ -127,7 +127,6 @@ def test_a_state_that_does_not_fit_changes_nothing():
         ({**before, "losses": {}}, "state['losses']"),
         ({**before, "course": [1e-3, 64]}, "state['course']"),
         ({**before, "saved": [1e-3, 64, 640.0, 1.8, 0.1]}, "state['saved']"),
-        ({**before, "trial": {"lr": 1e-3}}, "state['trial']"),
         ({**before, "rival": {"losses": {}, "lr": 1e-3}}, "state['rival']['losses']"),
         ({}, "state['rules']"),
         (Policy.paper().state_dict(), "state['rules']"),

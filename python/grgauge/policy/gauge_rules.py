@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..reading import Reading
 from ..theory import batch_for_gr_s, noise_scale_from_gr_s, uncorrelated
 from .decisions import Continue, Decision, Evidence, Probe
-from .loss_rules import plateau, rival_further, stall
+from .loss_rules import plateau, rival_further
 from .moves import Moves, State
 from .rules import RULES
 from .watch import signal_of
@@ -169,15 +169,15 @@ def _not_yet(moves: Moves, gr_t: float, reach: float) -> str | None:
 def _too_high(moves: Moves, reading: Reading, gr_t: float, evidence: Evidence) -> Decision:
     """The rule that lowers the learning rate: by (GR_T*/GR_T)^(1/2), if far too high before it was found good."""
     s, age, limits, old = moves.state, moves.state.course.age, moves.settings, moves.state.course.now
-    beyond, jumps = gr_t > RULES.overshot * limits.target.gr_t_zone[1], _jumps(reading)
-    overshot = not s.found and beyond and age >= RULES.settled_steps and not jumps
+    beyond = gr_t > RULES.overshot * limits.target.gr_t_zone[1]
+    overshot = not s.found and beyond and age >= RULES.settled_steps and not _jumps(reading)
     s.found = s.found or (age >= limits.grace and s.losses.learned())
-    if overshot:
-        factor = min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered)
-        moves.cap(old.lr)
-        lr = old.lr * max(factor, 1.0 / limits.max_lr_factor)
-        return moves.to(lr, old.batch_size, "the learning rate is too high", evidence)
-    return (stall(moves) if jumps else None) or Continue("above the zone: averaging the weights does for it", evidence)
+    if not overshot:
+        return Continue("above the zone: averaging the weights does for it", evidence)
+    factor = min((limits.target.gr_t / gr_t) ** RULES.lower_power, RULES.least_lowered)
+    moves.cap(old.lr)
+    lr = old.lr * max(factor, 1.0 / limits.max_lr_factor)
+    return moves.to(lr, old.batch_size, "the learning rate is too high", evidence)
 
 
 def full_grown(gr_t: float, finite_time_factor: float) -> float:

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from .decisions import Config, Continue, Decision, Evidence, Retune
 from .losses import loss_at
-from .moves import Moves, RaiseOnTrial
+from .moves import Moves
 from .rules import RULES
 
 WORSE = "the loss is worse than before the learning rate was raised"
@@ -47,23 +47,21 @@ def _noise(moves: Moves) -> float:
 
 
 def _exploded(moves: Moves, block: float, high: float, evidence: Evidence) -> Decision | None:
-    """The newest losses are above `high`, or a learning rate on trial has doubled the loss."""
+    """The newest losses are above `high`."""
     s, losses = moves.state, moves.state.losses
-    recent = losses.level(RULES.level_blocks, s.course.start)
-    # A learning rate on trial may shake the loss: it is judged when that is over, unless the loss doubles.
-    doubled = s.trial is not None and recent is not None and recent > s.trial.loss + abs(s.trial.loss)
-    exploded = block > high and (losses.above(high, 2) if _at_usual_lr(moves) else losses.stays_above(high))
+    if block <= high or not (losses.above(high, 2) if _at_usual_lr(moves) else losses.stays_above(high)):
+        return None
     lowest = s.course.now.lr <= moves.settings.lr_bounds[0]
-    if exploded and lowest and s.saved is None and not losses.above(high, RULES.lost_blocks):
+    if lowest and s.saved is None and not losses.above(high, RULES.lost_blocks):
         return Continue("the loss exploded at the lowest learning rate allowed, and may recover", evidence)
-    return moves.fail("the loss exploded", evidence) if exploded or doubled else None
+    return moves.fail("the loss exploded", evidence)
 
 
 def _worse(moves: Moves, evidence: Evidence) -> Decision | None:
     """The newest move raised the learning rate, and the loss has been worse since."""
     s, losses, saved, blocks = moves.state, moves.state.losses, moves.state.saved, RULES.recent_blocks
     soon = blocks * moves.settings.every <= s.course.age <= RULES.worse_steps
-    if saved is None or not saved.raised or s.trial is not None or not soon:
+    if saved is None or not saved.raised or not soon:
         return None
     now, error = losses.level(blocks, s.course.start), math.hypot(losses.error(blocks), saved.loss_error)
     if now is None or now <= saved.loss + RULES.judged_errors * error + RULES.worse * abs(saved.loss):
@@ -140,55 +138,6 @@ def _waited_for(moves: Moves, lr: float) -> bool:
     return lr > (1.0 - RULES.same_lr) * moves.settings.usual_lr
 
 
-def stall(moves: Moves) -> Decision | None:
-    """Against a loss that has not fallen for a while, all of it under this configuration, where GR_T cannot tell why.
-
-    With a higher learning rate, on trial, or if a probe has found that far worse, with a lower one.
-    """
-    s, old, losses = moves.state, moves.state.course.now, moves.state.losses
-    since = (1.0 - RULES.stall_share) * s.course.samples
-    blocks = losses.blocks(since) // 2 * 2
-    level, fall = losses.level(blocks, since), losses.fall(blocks, since)
-    if since < s.course.start or blocks < RULES.stall_blocks or level is None or fall is None:
-        return None
-    error = losses.error(blocks // 2)
-    if error > RULES.stall_error * abs(level) or fall > RULES.stall_errors * error:
-        return None
-    evidence = Evidence("stall", s.course.step, "loss", level)
-    if s.no_higher is not None and old.lr >= s.no_higher:
-        moves.cap(old.lr)
-        reason = "the loss has stalled, and a higher learning rate is far worse"
-        return moves.to(old.lr / RULES.stall_raise, old.batch_size, reason, evidence)
-    higher = moves.below(RULES.stall_raise * old.lr, old.batch_size)
-    if higher < RULES.least_raise * old.lr:
-        return None
-    decision = moves.to(higher, old.batch_size, "the loss has stalled, and GR_T cannot tell why", evidence)
-    s.trial = RaiseOnTrial(old.lr, level, losses.error(blocks)) if isinstance(decision, Retune) else None
-    return decision
-
-
-def trial(moves: Moves) -> Decision | None:
-    """What a learning rate raised against a stall has done to the loss."""
-    s, course, losses, on_trial = moves.state, moves.state.course, moves.state.losses, moves.state.trial
-    if on_trial is None:
-        return None
-    blocks = losses.blocks(course.start) // 2  # the newer half: at first the change itself shows
-    now, error = losses.level(blocks, course.start), math.hypot(losses.error(max(blocks, 1)), on_trial.loss_error)
-    scale = abs(on_trial.loss)
-    share = RULES.trial_share_unsure if error > RULES.trial_error * scale else RULES.trial_share
-    if now is None or blocks < RULES.trial_blocks or course.samples < (1.0 + share) * course.start:
-        return Continue("a higher learning rate is on trial", Evidence("stall", course.step))
-    margin = max(RULES.trial_errors * error, RULES.trial_worse * scale)
-    s.trial = None
-    if s.saved:
-        s.saved.raised = False
-    if now < on_trial.loss + margin:
-        return None
-    moves.cap(on_trial.lr)
-    evidence = Evidence("stall", course.step, "loss", now, (on_trial.loss - margin, on_trial.loss + margin))
-    return moves.to(on_trial.lr, course.now.batch_size, WORSE, evidence)
-
-
 def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Sequence[float]) -> Decision:
     """What losses `here`, and at the `other` learning rate, say of that."""
     s = moves.state
@@ -208,7 +157,7 @@ def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Seque
         return moves.to(other.lr, other.batch_size, f"a {which} learning rate has a lower loss", evidence)
     s.probe_down, s.next_probe = not down, RULES.probe_again * s.course.samples
     if not (down or difference <= RULES.probe_edge * abs(level)):
-        s.no_higher, s.next_probe = old.lr, s.course.samples  # so near the edge that the present one may be beyond it
+        s.next_probe = s.course.samples  # so near the edge that the present one may be beyond it
     if not (down or difference <= abs(level)):
         moves.cap(RULES.failed * other.lr)
     return Continue(f"lr {other.lr:.2e} has no lower loss", evidence, notable=True)

@@ -57,7 +57,6 @@ class Measured:
         return (
             loss_rules.wrecked(moves, s.losses.close(s.course.samples))
             or loss_rules.plateau_left(moves)
-            or loss_rules.trial(moves)
             or gauge_rules.batch_size(moves, reading)
             or gauge_rules.probe(moves, reading)
             or gauge_rules.learning_rate(moves, reading, warming)

@@ -29,15 +29,6 @@ class SavedWeights:
 
 
 @dataclass
-class RaiseOnTrial:
-    """Learning rate and loss as the learning rate was raised against a stalled loss."""
-
-    lr: float
-    loss: float
-    loss_error: float
-
-
-@dataclass
 class Rival:
     """The weights that were abandoned last: their losses, and their learning rate carried over to a batch of 1."""
 
@@ -65,11 +56,9 @@ class State:
     ceiling: float | None = None  # learning rate that failed, carried over to a batch of 1
     begun: list[Config] = field(default_factory=list)  # what untrained weights began at
     saved: SavedWeights | None = None
-    trial: RaiseOnTrial | None = None
     rival: Rival | None = None
     probed: Config | None = None  # what the newest probe compares with, until that is judged
     next_probe: float = 0.0  # samples of these weights, before which there is no other
-    no_higher: float | None = None  # learning rate at which a probe found a higher one far worse
     probe_down: bool = False  # the next one tries a lower learning rate, as the last has found none higher
 
 
@@ -81,11 +70,9 @@ class Moves:
 
     def follow(self, config: Config) -> None:
         """Take up what training runs at."""
-        s, before = self.state, self.state.course.config
+        s = self.state
         if not s.course.follow(config):
             return
-        if before is not None and (before.lr, before.batch_size) != (config.lr, config.batch_size):
-            s.trial = None  # what was on trial is not what runs
         s.begun = s.begun or [config]
         self.begin()
 
@@ -176,6 +163,6 @@ class Moves:
         to = self.settings.fit(s.course.now, lr, batch)
         decision = s.course.move(to, most, reason, evidence, reuse=reuse, rollback=rollback)
         if isinstance(decision, Retune):
-            s.broken, s.trial = 0, None
+            s.broken = 0
             self.begin()
         return decision

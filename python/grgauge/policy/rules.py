@@ -105,18 +105,5 @@ class Rules:
     plateau_most: float = 30.0  # times the usual learning rate: weights are lost there, if anywhere
     plateau_below: float = 0.1  # share of a learning rate that failed: the weights there may have been just as lost
 
-    # a stall: the loss has stood still for a while
-    stall_share: float = 0.3  # of all samples so far, over which it must have
-    stall_blocks: int = 20  # of losses, at least
-    stall_error: float = 0.03  # relative error of the loss, up to which it can be told
-    stall_errors: float = 1.4  # of one half of it: one standard error of the fall between the halves
-    stall_raise: float = 2.0  # on trial; down by as much where a probe has found a higher one far worse
-    trial_share: float = 0.1  # of all samples, at least, before the trial is judged, ...
-    trial_share_unsure: float = 0.3  # ... and at most, where the error of the loss is above ...
-    trial_error: float = 0.015  # ... that share of it
-    trial_blocks: int = 4  # of losses, at least
-    trial_errors: float = 2.0  # standard errors of a loss that is worse than before, ...
-    trial_worse: float = 0.01  # ... and share of it
-
 
 RULES = Rules()
