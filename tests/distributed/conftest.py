@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torchrun import torchrun
 
 RANKS = Path(__file__).parent / "ranks.py"
@@ -13,8 +14,10 @@ class Results:
     """results[name]: what each rank's scenario of that name has returned."""
 
     def __init__(self, folder, world):
-        folder.mkdir()
-        torchrun(world, RANKS, str(folder))
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / "lock"):  # the tests' other process may have started them
+            if not (folder / f"{world - 1}.pt").exists():
+                torchrun(world, RANKS, str(folder))
         self._ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
     def __getitem__(self, name):
@@ -24,8 +27,12 @@ class Results:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
+def folder(request, tmp_path_factory):
+    """One for all processes that run tests, as what the ranks do in it takes minutes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if hasattr(request.config, "workerinput") else own) / "ranks"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
