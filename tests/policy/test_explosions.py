@@ -56,6 +56,22 @@ def test_a_first_loss_low_by_chance_is_no_explosion_however_noisy_the_others_are
         assert lost[-1].evidence.rule == "explosion"
 
 
+@pytest.mark.parametrize("noise", [0.001, 0.1])
+def test_a_loss_that_rises_again_lowers_the_learning_rate_wherever_gauges_are(noise):
+    """Far below that of untrained weights: no explosion."""
+    draws = random.Random(0)
+    falls = [1.5 + 3.0 * math.exp(-step / 30) for step in range(300)]
+    rises = [1.5 + 0.002 * step for step in range(300)]
+    losses = [loss * (1.0 + noise * draws.gauss(0.0, 1.0)) for loss in (*falls, *rises)]
+    first = next(decision for decision in lossy(losses) if isinstance(decision, Retune))
+    assert (first.evidence.rule, first.config) == ("rising", replace(CONFIG, lr=CONFIG.lr / 2))
+    assert 350 <= first.evidence.step <= 500
+    assert first.reuse
+    assert not first.rollback
+    flat = [loss * (1.0 + noise * draws.gauss(0.0, 1.0)) for loss in (*falls, *[1.5] * 1000)]
+    assert not any(isinstance(decision, Retune) for decision in lossy(flat))
+
+
 def test_at_the_lowest_learning_rate_an_explosion_may_be_recovered_from():
     only = {"lr_bounds": (CONFIG.lr, CONFIG.lr)}
     exploded = lossy([2.0] * 5 + [60.0] * 10 + [2.0] * 5, **only)[1:]

@@ -77,6 +77,22 @@ def _dead(moves: Moves, evidence: Evidence) -> Decision | None:
     return moves.fail("the network is dead", replace(evidence, rule="dead"), rollback=False)
 
 
+def rising(moves: Moves) -> Decision | None:
+    """The loss has been clearly lower under this configuration: its learning rate drives the weights away."""
+    s, losses, start, blocks = moves.state, moves.state.losses, moves.state.course.start, RULES.rising_blocks
+    now, lowest, untrained = losses.level(blocks, start), losses.lowest(blocks, start), losses.untrained()
+    if now is None or lowest is None or untrained is None:
+        return None
+    margin = RULES.rising_errors * losses.error(blocks)
+    margin += max(RULES.rising * abs(lowest), RULES.learned * abs(untrained))
+    if now <= lowest + margin:
+        return None
+    old = s.course.now
+    moves.cap(old.lr)
+    evidence = Evidence("rising", s.course.step, "loss", now, (lowest - margin, lowest + margin))
+    return moves.to(RULES.failed * old.lr, old.batch_size, "the loss rises", evidence)
+
+
 def rival_further(moves: Moves) -> Decision | None:
     """Weights abandoned for a learning rate too high were further at equal samples: back towards it."""
     s, old, rival = moves.state, moves.state.course.now, moves.state.rival

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ..smoothing import thin
 from .rules import RULES
@@ -78,6 +78,12 @@ class Losses:
             return untrained is None
         error = self.error(blocks)
         return now < untrained - max(RULES.learned_errors * error, RULES.learned * abs(untrained))
+
+    def lowest(self, blocks: int, since: float) -> float | None:
+        """The lowest mean of so many blocks in a row that ended after `since` samples, None where there are fewer."""
+        sums = [0.0, *accumulate(block.loss for block in self.curve if block.samples > since)]
+        means = [(end - begin) / blocks for begin, end in zip(sums, sums[blocks:], strict=False)]
+        return min(means, default=None)
 
     def blocks(self, since: float) -> int:
         """How many blocks have ended after `since` samples."""

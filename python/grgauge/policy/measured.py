@@ -56,6 +56,7 @@ class Measured:
             moves.begin()
         return (
             loss_rules.wrecked(moves, s.losses.close(s.course.samples))
+            or loss_rules.rising(moves)
             or loss_rules.plateau_left(moves)
             or gauge_rules.batch_size(moves, reading)
             or gauge_rules.probe(moves, reading)

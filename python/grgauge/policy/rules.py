@@ -52,6 +52,9 @@ class Rules:
     hurt: float = 0.2  # times the first loss above it: more than the losses of healthy starts differ by
     worse: float = 0.03  # share of the loss before a raise, beside its errors
     worse_steps: int = 100  # after a raise: of hundreds of checks one is beyond three standard errors
+    rising_blocks: int = 20  # whose level is compared with the lowest of as many in a row before, ...
+    rising: float = 0.05  # ... share of that by which it must be above, ...
+    rising_errors: float = 6.0  # ... beside standard errors: the lowest of many is two or three below by chance
     dead_steps: int = 40  # that hurt weights get to learn something
     max_broken: int = 2  # losses in a row that are not finite; one may be an overflow that a gradient scaler skips
 
