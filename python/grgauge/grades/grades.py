@@ -21,18 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..gauge import Transfer
 from ..optim import reciprocal, unwrapped
 from .forecast import Forecast
-from .gradients import Metric, default_sample, gradient_buckets
+from .gradients import Metric, gradient_buckets
 from .matrix import Scale, monitored
 from .progress import require_momentum
 from .signal import Signal
 
 PROBE = 4
 """With `thaw`, the frozen matrices are read in every fourth reading as well."""
-
-
-FEWEST = 2**16
-"""Elements, 128 KiB of state: "signal" reads no fewer, of a model that has as many. With a quarter of them the errors
-of its forecasts are a third larger; with more they hardly fall, as most of an error is the noise of batches."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +200,6 @@ class GradES:
         self._signal: Signal | None = None
         if signal:
             forecast = Forecast(len(self._matrices), total_steps, every, warmup)
-            sample = sample or max(FEWEST, default_sample(p for p in model.parameters() if p.requires_grad))
             self._signal = Signal(optimizer, self._matrices, forecast, epsilon, sample)
         self._buckets = [] if signal else gradient_buckets(self._matrices, sample, seed)
         self._step = 0
