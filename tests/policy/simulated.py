@@ -182,10 +182,12 @@ class Loop:
         for config in probe.configs:
             end = copy.copy(self.training)
             if config != self.config:
+                end = Training(self.world, config, self.rng) if probe.untrained else end
                 end.set(config)
-            for _ in range(probe.samples // (EVERY * config.batch_size)):
+            samples = 0 if probe.untrained and config == self.config else probe.samples
+            for _ in range(samples // (EVERY * config.batch_size)):
                 end.advance()
-            self.cost += probe.samples
+            self.cost += samples
             ends.append(end)
             losses.append([end.advance()[1] if end.dead else self.world.loss(end.progress) for _ in range(4)])
         decision = self.policy.judge((losses[0], losses[1]))

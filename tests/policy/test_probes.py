@@ -125,6 +125,74 @@ def low(batch, losses, gr_t=2.0, error=0.1, **settings):
     return None
 
 
+def far(config=CONFIG):
+    """A policy for which `config` is ten times the usual learning rate."""
+    return Policy(lr_bounds=(config.lr / 1e5, config.lr * 1e4))
+
+
+def healthy(policy, first, last, config=CONFIG, gr_s=0.58):
+    """Readings in their zones but for GR_S, from one step to another: the first decision to do something, or None."""
+    for step in range(first, last, 5):
+        reading = replace(READING, step=step, gr_s=gr_s)
+        decision = policy.observe(reading, config, loss=3.0 * 0.99 ** (step / 5))
+        if not isinstance(decision, Continue):
+            return decision, step
+    return None
+
+
+def test_weights_that_began_far_above_the_usual_learning_rate_are_compared_with_untrained_ones_at_it():
+    policy = far()
+    probe, step = healthy(policy, 5, 105)
+    assert step == 60
+    assert probe.untrained
+    assert probe.samples == step * CONFIG.batch_size
+    assert probe.configs == (CONFIG, replace(CONFIG, lr=policy.usual_lr))
+    assert "untrained" in str(probe)
+
+
+@pytest.mark.parametrize("times", [0.1, 1.0, 2.9])
+def test_those_that_began_near_it_or_below_are_not(times):
+    policy = Policy()
+    assert healthy(policy, 5, 205, Config(times * policy.usual_lr, 64)) is None
+
+
+def test_untrained_weights_that_are_behind_are_compared_again_later_and_only_where_noise_hides_the_learning_rate():
+    policy = far()
+    _, step = healthy(policy, 5, 105)
+    decision = policy.judge(((1.0, 1.0), (1.1, 1.1)))
+    assert isinstance(decision, Continue)
+    assert decision.notable
+    assert healthy(policy, step + 5, 20 * step) is None
+    again = far()
+    healthy(again, 5, 105)
+    again.judge(((1.0, 1.0), (1.1, 1.1)))
+    steps = [at for at in range(step + 5, 12 * step, 5) if _asks_untrained(again, at)]
+    assert steps == [9 * step]
+
+
+def _asks_untrained(policy, step):
+    """Whether a reading that GR_S hides asks for untrained weights; what is asked is refused."""
+    found = healthy(policy, step, step + 5, gr_s=0.9)
+    if found is None:
+        return False
+    policy.judge(((1.0, 1.0), (1.01, 1.01)))
+    return found[0].untrained
+
+
+def test_untrained_weights_that_have_overtaken_are_gone_on_with_and_their_past_is_not_the_others():
+    policy = far()
+    probe, step = healthy(policy, 5, 105)
+    decision = policy.judge(((1.0, 1.0), (0.9, 0.9)))
+    assert isinstance(decision, Retune)
+    assert decision.reuse
+    assert decision.config == probe.configs[1]
+    assert "the probe's weights" in str(decision)
+    assert healthy(policy, step + 5, 400, decision.config) is None  # no longer far above the usual
+    state = policy.state_dict()
+    assert state["saved"] is None
+    assert [config["lr"] for config in state["begun"]] == [CONFIG.lr, decision.config.lr]
+
+
 STANDING, FALLING = [2.0] * 20, [2.0 - 0.05 * i for i in range(20)]
 
 

@@ -46,10 +46,11 @@ HERE, THERE = Config(1e-3, 16, 0.01), Config(3e-3, 16, 0.01)
 
 
 class Probing(Scripted):
-    """Asks for one probe of 6 steps after 10, and takes the higher learning rate if told to."""
+    """Asks for one probe of 6 steps after 10, or of 10 from untrained weights, and takes the higher learning rate if
+    told to."""
 
-    def __init__(self, take, at=160, samples=96):
-        probe = Probe((HERE, THERE), samples, "as the script says", Evidence("script"))
+    def __init__(self, take, at=160, samples=96, untrained=False):
+        probe = Probe((HERE, THERE), samples, "as the script says", Evidence("script"), untrained)
         super().__init__({at: probe})
         self.take, self.losses = take, None
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tuning.scripted import THERE, Probing, Scripted, linear, retune
+from tuning.scripted import HERE, THERE, Probing, Scripted, linear, retune
 
 from grgauge import AdamW, Autopilot, Config, TrainingError
 
@@ -65,6 +65,52 @@ def test_a_probe_that_is_taken_goes_on_with_the_weights_of_its_side(regression):
     assert same(changed, probed)
     assert pilot.config == THERE
     assert pilot.samples == 1600
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": True}, {"batch_norm": True}])
+@pytest.mark.parametrize("take", [False, True])
+def test_untrained_weights_catch_up_with_those_at_hand(regression, take, changes):
+    """Refused they leave no trace; taken they are what training at that learning rate from the start ends in."""
+    orders = {16: retune(THERE, reuse=False)} if take else {}
+    cost = 160 + 2 * COMPARED * 16
+    plain, _ = trained(Scripted(orders), 1600 + (16 if take else 0), regression, **changes)
+    policy = Probing(take=take, samples=160, untrained=True)
+    seen = []
+    probed, pilot = trained(policy, 1600 + cost, regression, seen, **changes)
+    assert policy.losses is not None
+    assert same(plain, probed)
+    assert pilot.config == (THERE if take else HERE)
+    assert pilot.samples == 1600
+    assert pilot.used == 1600 + cost
+    updates = [x for x, _, stepped, _ in seen if stepped]
+    for one, other in zip(updates[:10], updates[10:20], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_killed_run_has_the_same_untrained_weights_to_compare_with(regression, go):
+    def scripted():
+        return Probing(take=True, at=640, samples=640, untrained=True)
+
+    again = {"budget": 8192, "start": Config(1e-3, 16)}
+    plain = go(lambda trial: linear(trial, regression), scripted=scripted(), **again)
+    failed = []
+
+    def train(trial):
+        model = nn.Linear(6, 1)
+        trial.watch(model, torch.optim.AdamW(model.parameters(), lr=trial.lr))
+        for x, y in trial.batches(regression):
+            if trial.used == 320 and not failed:
+                failed.append(trial.used)
+                raise OSError("no route to host")
+            trial.step(F.mse_loss(model(x)[:, 0], y))
+        return model
+
+    with pytest.raises(TrainingError, match="no route to host"):
+        go(train, scripted=scripted(), study_name="again", **again)
+    result = go(train, scripted=scripted(), study_name="again", **again)
+    assert result.used == plain.used
+    assert result.config.lr == pytest.approx(3e-3)
+    assert torch.equal(plain.output.weight, result.output.weight)
 
 
 def test_both_sides_see_the_same_batches_and_so_do_their_averages(regression):

@@ -52,7 +52,15 @@ class Course:
         return steps
 
     def move(
-        self, to: Config, most: int, reason: str, evidence: Evidence, *, reuse: bool = True, rollback: bool = False
+        self,
+        to: Config,
+        most: int,
+        reason: str,
+        evidence: Evidence,
+        *,
+        reuse: bool = True,
+        rollback: bool = False,
+        probed: bool = False,
     ) -> Decision:
         """To another configuration, unless the bounds leave none or `most` moves are made."""
         if to == self.config and reuse and not rollback:
@@ -61,7 +69,7 @@ class Course:
             return Continue(f"{reason}, but all {most} moves are made", evidence)
         self.config, self.moves = to, self.moves + 1
         self.begin()
-        return Retune(to, reuse, reason, evidence, rollback)
+        return Retune(to, reuse, reason, evidence, rollback, probed)
 
 
 def restored(record: type[Record], state: Any, name: str = "state") -> Record:

@@ -92,6 +92,7 @@ class Retune:
         reuse: True: with the weights and optimizer state at hand, which are to be saved first; False: from untrained
             weights.
         rollback: with `reuse`: with the weights and state that the last `Retune` without rollback saved.
+        probed: with `reuse`: with the weights that a `Probe` has trained at the new configuration.
     """
 
     config: Config
@@ -99,9 +100,11 @@ class Retune:
     reason: str
     evidence: Evidence
     rollback: bool = False
+    probed: bool = False
 
     def __str__(self) -> str:
         weights = "from saved weights" if self.rollback else "same weights" if self.reuse else "from scratch"
+        weights = "the probe's weights" if self.probed else weights
         return f"{self.config}, {weights}: {self.reason} ({self.evidence})"
 
 
@@ -123,13 +126,15 @@ class Probe:
 
     Attributes:
         configs: the present one, and another of the same batch.
-        samples: to train on at each.
+        samples: to train on at each; from untrained weights, at the other one alone.
+        untrained: the other one begins with untrained weights, and catches up with those at hand, which wait.
     """
 
     configs: tuple[Config, Config]
     samples: int
     reason: str
     evidence: Evidence
+    untrained: bool = False
 
     @property
     def batches(self) -> int:
@@ -138,9 +143,16 @@ class Probe:
         enough = math.ceil(RULES.compared_samples / self.configs[0].batch_size)
         return max(RULES.compared_least, enough, steps // RULES.compared_part)
 
+    @property
+    def cost(self) -> int:
+        """Samples that all of it takes, at most."""
+        sides = 1 if self.untrained else len(self.configs)
+        return sides * self.samples + len(self.configs) * (self.batches + 1) * self.configs[0].batch_size
+
     def __str__(self) -> str:
         here, there = self.configs
-        return f"compare lr {here.lr:.2e} with {there.lr:.2e}: {self.reason} ({self.evidence})"
+        anew = " from untrained weights" if self.untrained else ""
+        return f"compare lr {here.lr:.2e} with {there.lr:.2e}{anew}: {self.reason} ({self.evidence})"
 
 
 Decision = Continue | Retune | Stop | Probe

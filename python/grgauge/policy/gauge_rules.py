@@ -70,10 +70,29 @@ def probe(moves: Moves, reading: Reading) -> Decision | None:
     down where that has failed."""
     s = moves.state
     s.aligned = s.aligned + 1 if _aligned(reading, moves.settings.z) else 0
-    if (_finite(reading.gr_s) or 0.0) <= RULES.probe_gr_s or _decaying(s):
-        return None
+    hidden = (_finite(reading.gr_s) or 0.0) > RULES.probe_gr_s
     evidence = Evidence("probe", s.course.step, "GR_S", reading.gr_s)
+    if _decaying(s):
+        return None
+    untrained = _against_untrained(moves, hidden, evidence)
+    if untrained is not None or not hidden:
+        return untrained
     return _asked(moves, s.probe_down, "GR_S says that GR_T cannot tell", evidence)
+
+
+def _against_untrained(moves: Moves, hidden: bool, evidence: Evidence) -> Probe | None:
+    """A probe of the usual learning rate, from untrained weights: those at hand began far above it, and first steps
+    that were too high leave weights that no lower learning rate mends, and no gauge shows. Later only where noise hides
+    the learning rate."""
+    s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
+    least = (1.0 + RULES.same_lr) if s.next_untrained == 0.0 else RULES.untrained_again
+    far = s.begun[-1].lr > RULES.probe_factor * limits.usual_lr and old.lr > least * limits.usual_lr
+    due = s.steps >= RULES.probe_steps and course.samples >= s.next_untrained and (hidden or s.next_untrained == 0.0)
+    if not (far and due) or course.moves >= limits.max_moves or s.losses.first is None:
+        return None
+    to = limits.fit(old, limits.usual_lr, old.batch_size)
+    s.probed, s.untrained, s.next_untrained = to, True, RULES.probe_again * course.samples
+    return Probe((old, to), round(course.samples), "the start was far above the usual", evidence, untrained=True)
 
 
 def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe | None:
@@ -90,7 +109,7 @@ def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe |
     to = limits.fit(old, old.lr / RULES.probe_factor if down else higher, old.batch_size)
     if max(to.lr / old.lr, old.lr / to.lr) < RULES.least_raise:
         return None
-    s.probed, s.next_probe = to, RULES.probe_again * course.samples
+    s.probed, s.untrained, s.next_probe = to, False, RULES.probe_again * course.samples
     steps = max(RULES.probe_steps, RULES.probe_share * s.steps)
     return Probe((old, to), round(steps * old.batch_size), reason, evidence)
 

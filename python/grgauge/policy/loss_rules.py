@@ -165,6 +165,10 @@ def judge_probe(moves: Moves, other: Config, here: Sequence[float], there: Seque
     evidence = Evidence("probe", s.course.step, "loss", level + difference, (level - margin, level + margin))
     old, s.probed = s.course.now, None
     down = other.lr < old.lr
+    if s.untrained:
+        if difference < -margin:
+            return moves.caught_up(other, "untrained weights have overtaken these at it", evidence)
+        return Continue(f"untrained weights have not overtaken these at lr {other.lr:.2e}", evidence, notable=True)
     if difference < -margin:
         s.next_probe = s.course.samples
         if down:

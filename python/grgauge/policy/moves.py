@@ -58,7 +58,9 @@ class State:
     saved: SavedWeights | None = None
     rival: Rival | None = None
     probed: Config | None = None  # what the newest probe compares with, until that is judged
+    untrained: bool = False  # ... and whether that begins with untrained weights
     next_probe: float = 0.0  # samples of these weights, before which there is no other
+    next_untrained: float = 0.0  # ... and none with untrained weights
     probe_down: bool = False  # the next one tries a lower learning rate, as the last has found none higher
 
 
@@ -131,6 +133,23 @@ class Moves:
         self.state.patient = True
         return self._restart(self.settings.usual_lr, self.state.course.now.batch_size, reason, evidence)
 
+    def caught_up(self, to: Config, reason: str, evidence: Evidence) -> Decision:
+        """To weights that began untrained at another configuration, and have seen as many samples as those at hand."""
+        s, old = self.state, self.state.course.now
+        decision = self._book(to.lr, to.batch_size, reason, evidence, probed=True)
+        if isinstance(decision, Retune):
+            self.cap(old.lr)
+            self.state = State(
+                s.course,
+                Losses(s.losses.first, s.losses.curve[:1]),
+                steps=s.steps,
+                lr_factor=s.lr_factor,
+                peak=s.peak,
+                ceiling=s.ceiling,
+                begun=[*s.begun, to],
+            )
+        return decision
+
     def cap(self, lr: float) -> None:
         """Never to reach that learning rate again, at any batch, but for coupling."""
         per_batch = lr / self.state.course.now.batch_size**self.settings.coupling
@@ -156,12 +175,10 @@ class Moves:
             )
         return decision
 
-    def _book(
-        self, lr: float, batch: float, reason: str, evidence: Evidence, *, reuse: bool = True, rollback: bool = False
-    ) -> Decision:
+    def _book(self, lr: float, batch: float, reason: str, evidence: Evidence, **weights: bool) -> Decision:
         s, most = self.state, self.settings.max_moves
         to = self.settings.fit(s.course.now, lr, batch)
-        decision = s.course.move(to, most, reason, evidence, reuse=reuse, rollback=rollback)
+        decision = s.course.move(to, most, reason, evidence, **weights)
         if isinstance(decision, Retune):
             s.broken = 0
             self.begin()

@@ -75,7 +75,8 @@ class Autopilot(View):
         self.budget, self.used, self.decisions = budget, 0, list[Retune | Stop]()
         self._print = print
         self._loop.watch(model, optimizer, *others)
-        self._first = self._saved = serialize(self._loop.state())
+        self._loop.keep_untrained()
+        self._saved = serialize(self._loop.state())
 
     def batches(self, data: Data) -> Iterator[Any]:
         """As `Trial.batches`."""
@@ -112,8 +113,10 @@ class Autopilot(View):
         if isinstance(decision, Retune):
             if decision.reuse and not decision.rollback:
                 self._saved = serialize(loop.state())
+            elif decision.reuse:
+                loop.restore(deserialize(self._saved))
             else:
-                loop.restore(deserialize(self._saved if decision.reuse else self._first))
+                loop.restore_untrained()
             config, words = loop.decayed(decision.config)
             loop.configure(config)
         if loop.world.rank == 0:

@@ -69,6 +69,7 @@ class Loop:
     _average: AveragedModel | None  # None of a sharded model, which cannot be copied
     _tried: float | None  # loss so far of a batch on which weights are tried: while it is set nothing is updated
     _begun: bytes | None  # the state that a probe began with, while it goes on
+    _untrained: bytes  # the state that training began with
 
     def __init__(
         self,
@@ -222,23 +223,22 @@ class Loop:
         """Why a probe is not made with so many samples left; None if it is."""
         if self.averaged is None:
             return f"{probe.reason}, and nothing was compared: a sharded model has no averaged weights"
-        cost = sum(probe.samples + (probe.batches + 1) * config.batch_size for config in probe.configs)
-        if cost > AFFORDED * left:
-            return f"{probe.reason}, and nothing was compared: that takes {cost} samples, and {left} are left"
+        if probe.cost > AFFORDED * left:
+            return f"{probe.reason}, and nothing was compared: that takes {probe.cost} samples, and {left} are left"
         return None
 
     def _probed(self, data: Source, probe: Probe) -> Generator[Any, None, Decision]:
         """What follows from a probe; the weights are then those of the configuration that it decides for."""
-        begun, stop = serialize(self.state()), self.samples + probe.samples
+        begun, stop = serialize(self.state()), self.samples + (0 if probe.untrained else probe.samples)
         random = states.random_state()
         self._begun = begun
         losses: list[list[float]] = []
         ends: list[bytes] = []
         for config in probe.configs:
             if ends:
-                self.restore(deserialize(begun))
+                self.restore(deserialize(self._untrained if probe.untrained else begun))
                 self.configure(config)
-            while self.samples < stop and math.isfinite(self.loss):
+            while self.samples < stop and (self.steps == 0 or math.isfinite(self.loss)):
                 yield from self._micro_batches(data)
                 self._unsettled = False
                 self._guard()
@@ -473,6 +473,14 @@ class Loop:
         return replace(config, weight_decay=decay), words
 
     # --- its state ----------------------------------------------------------------------------------------------------
+
+    def keep_untrained(self) -> None:
+        """The state at hand is that of untrained weights."""
+        self.samples = self.steps = 0
+        self._untrained = serialize(self._state())
+
+    def restore_untrained(self) -> None:
+        self.restore(deserialize(self._untrained))
 
     def state(self) -> dict[str, Any]:
         """All that training depends on, between two steps; of a sharded model, what this rank holds. For all ranks.

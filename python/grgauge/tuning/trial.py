@@ -94,6 +94,7 @@ class Trial(View):
         self._origin.compare_model(loop.module)
         if loop.world.size > 1:  # with the same dropout, gradients would agree more than the ranks' samples do
             states.seed_all(loop.seed + 1 + loop.world.rank)
+        loop.keep_untrained()
         if self._live is not None:
             loop.restore(self._live)
             self._live = None
