@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from turns import STEPS, Thread, append, origin, quantile_columns, ratio_columns
 
 import grgauge
-from grgauge.cli.demo import CONTEXT, CharTransformer
+from grgauge.cli.char_transformer import CONTEXT, CharTransformer
 from grgauge.tuning.averaging import average_of, update_average
 
 RESULTS = Path(__file__).resolve().parent / "results" / "overhead.csv"

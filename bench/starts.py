@@ -36,7 +36,7 @@ from torch.utils.data import TensorDataset
 from turns import append, origin
 
 from grgauge import AdamW, Autopilot, Config, Policy, TrainingError, Trial, tune
-from grgauge.cli.demo import CONTEXT, CharTransformer, Text
+from grgauge.cli.char_transformer import CONTEXT, CharTransformer, Text
 from grgauge.invariance import Rule, Space
 
 CSV = Path(__file__).parent / "results" / "starts.csv"

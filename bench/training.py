@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from turns import append, origin, significant
 
 import grgauge
-from grgauge.cli.demo import CharTransformer, Text
+from grgauge.cli.char_transformer import CharTransformer, Text
 
 CSV = Path(__file__).parent / "results" / "training.csv"
 COLUMNS = (

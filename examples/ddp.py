@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import grgauge
-from grgauge.cli.demo import CharTransformer, Text
+from grgauge.cli.char_transformer import CharTransformer, Text
 
 BATCH_SIZE, STEPS, CONTEXT = 32, 61, 64
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import grgauge
-from grgauge.cli.demo import CharTransformer, Text
+from grgauge.cli.char_transformer import CharTransformer, Text
 
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing here writes to
 BATCH_SIZE, STEPS, CONTEXT = 32, 61, 64

@@ -98,7 +98,7 @@ def test_the_check_of_out_leaves_no_trace(tmp_path):
 
 
 def test_json_works_without_rich_and_without_matplotlib(tmp_path):
-    one_run = "from grgauge.cli import demo; demo.LEARNING_RATES = (1e-3,); "
+    one_run = "from grgauge.cli import char_transformer as runs; runs.LEARNING_RATES = (1e-3,); "
     done = run("demo", "--json", "--steps", "10", code=WITHOUT_EXTRAS + one_run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["picture"] is None

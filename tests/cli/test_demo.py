@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from grgauge import Reading, Target
-from grgauge.cli import demo, plot, progress
+from grgauge.cli import char_transformer, plot, progress
 from grgauge.policy import advise
 
 
 @pytest.fixture(scope="module")
 def text():
-    return demo.Text.manual()
+    return char_transformer.Text.manual()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,7 +34,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def runs(text):
-    runs = [demo.Run(lr, 45) for lr in demo.LEARNING_RATES]
+    runs = [char_transformer.Run(lr, 45) for lr in char_transformer.LEARNING_RATES]
     progress.train_quietly(runs, text, seed=0)
     return runs
 
@@ -67,7 +67,9 @@ def test_the_gauges_tell_the_learning_rates_apart(runs):
     distance = [abs(math.log(run.summary.gr_t / 20.0)) for run in runs]
     assert distance[1] < 0.3 < 1.0 < min(distance[0], distance[2])
     assert right.loss == min(run.loss for run in runs)
-    assert demo.conclusion(runs) == "The lowest loss and the GR_T nearest to 20 are the same run's: lr 2e-03."
+    assert (
+        char_transformer.conclusion(runs) == "The lowest loss and the GR_T nearest to 20 are the same run's: lr 2e-03."
+    )
 
 
 def test_runs_share_weights_and_batches(runs):
@@ -86,7 +88,7 @@ def test_a_seed_is_a_seed_and_the_global_generator_is_left_alone(text, runs):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    same, other = demo.Run(2e-3, 5), demo.Run(2e-3, 5)
+    same, other = char_transformer.Run(2e-3, 5), char_transformer.Run(2e-3, 5)
     progress.train_quietly([same], text, seed=0)
     progress.train_quietly([other], text, seed=1)
     assert torch.rand(1) == expected
@@ -95,7 +97,7 @@ def test_a_seed_is_a_seed_and_the_global_generator_is_left_alone(text, runs):
 
 
 def test_the_model_is_causal_and_of_the_size_it_says(text):
-    model = demo.CharTransformer(text.characters)
+    model = char_transformer.CharTransformer(text.characters)
     assert sum(p.numel() for p in model.parameters()) > 200_000
     batch = next(text.batches(0))[:2, :-1]
     changed = batch.clone()
@@ -113,12 +115,12 @@ def test_json_is_one_document_with_a_picture_beside_it(tmp_path):
     document = json.loads(done.stdout)
     assert document["picture"] == str(out)
     assert document["steps"] == 12
-    assert [run["lr"] for run in document["runs"]] == list(demo.LEARNING_RATES)
+    assert [run["lr"] for run in document["runs"]] == list(char_transformer.LEARNING_RATES)
     for run in document["runs"]:
         assert len(run["losses"]) == 12
         assert run["loss"] == pytest.approx(np.mean(run["losses"]))
         assert [reading["step"] for reading in run["readings"]] == [5, 10]
-        assert run["batch_size"] == demo.BATCH_SIZE
+        assert run["batch_size"] == char_transformer.BATCH_SIZE
         assert run["verdict"] == "LR and batch: cannot tell"  # too early
     picture = matplotlib.image.imread(out)
     assert min(picture.shape[:2]) > 500
@@ -126,7 +128,7 @@ def test_json_is_one_document_with_a_picture_beside_it(tmp_path):
 
 
 def test_lines_say_what_the_newest_reading_says_and_end_with_the_verdict(text, capsys):
-    run = demo.Run(2e-3, 20)
+    run = char_transformer.Run(2e-3, 20)
     progress.train_in_lines([run], text, seed=0)
     newest = run.readings[-1]
     line, last = capsys.readouterr().out.splitlines()
@@ -141,7 +143,7 @@ def test_lines_say_what_the_newest_reading_says_and_end_with_the_verdict(text, c
 
 
 def test_the_live_table_ends_on_what_the_verdicts_rest_on(text, capsys):
-    runs = [demo.Run(1e-4, 10), demo.Run(2e-3, 10)]
+    runs = [char_transformer.Run(1e-4, 10), char_transformer.Run(2e-3, 10)]
     progress.train_live(runs, text, seed=0)
     out = capsys.readouterr().out
     for run in runs:
@@ -153,7 +155,7 @@ def test_the_live_table_ends_on_what_the_verdicts_rest_on(text, capsys):
 
 
 def test_the_verdict_rests_on_the_median_of_the_window():
-    run = demo.Run(1e-3, 160)
+    run = char_transformer.Run(1e-3, 160)
     assert (run.verdict, run.summary) == ("no reading yet", None)
     window = [19.0, 300.0, 20.0, 2.0, 21.0]
     run.readings = [reading(5 * i, gr_t=1.0) for i in range(1, 8)]
@@ -165,7 +167,7 @@ def test_the_verdict_rests_on_the_median_of_the_window():
 
 
 def test_a_young_reading_counts_by_what_it_would_settle_to():
-    run = demo.Run(
+    run = char_transformer.Run(
         1e-3,
         10,
         readings=[reading(5, gr_t=5.0, finite_time_factor=0.25), reading(10, gr_t=10.0, finite_time_factor=0.5)],
@@ -175,7 +177,9 @@ def test_a_young_reading_counts_by_what_it_would_settle_to():
 
 
 def test_quantities_that_nobody_knows_stay_unknown():
-    run = demo.Run(1e-3, 60, readings=[reading(50, gr_s=None, noise_scale=None), reading(55, gr_t=None, gr_s=None)])
+    run = char_transformer.Run(
+        1e-3, 60, readings=[reading(50, gr_s=None, noise_scale=None), reading(55, gr_t=None, gr_s=None)]
+    )
     assert (run.summary.gr_t, run.summary.gr_s, run.summary.noise_scale) == (20.0, None, 30.0)
     assert run.verdict.endswith("batch: cannot tell")
     assert plot.path(run.readings) == []
@@ -183,14 +187,14 @@ def test_quantities_that_nobody_knows_stay_unknown():
 
 def test_the_conclusion_says_so_when_gauge_and_loss_disagree_or_cannot_be_asked():
     def run(lr, loss, gr_t, **other):
-        return demo.Run(lr, 1, [loss], [reading(50, gr_t, **other)])
+        return char_transformer.Run(lr, 1, [loss], [reading(50, gr_t, **other)])
 
     right = run(1e-3, 2.0, 20.0)
-    assert "same run's: lr 1e-03" in demo.conclusion([right, run(1e-2, 3.0, 100.0)])
-    assert "loss is lr 1e-02's" in demo.conclusion([right, run(1e-2, 1.0, 100.0)])
-    assert "same run's: lr 1e-03" in demo.conclusion([right, run(1e-2, math.nan, 100.0)])
-    assert "Not every gauge was ready" in demo.conclusion([right, run(1e-2, 3.0, 100.0, ready=False)])
-    assert "Not every gauge was ready" in demo.conclusion([right, run(1e-2, 3.0, None)])
+    assert "same run's: lr 1e-03" in char_transformer.conclusion([right, run(1e-2, 3.0, 100.0)])
+    assert "loss is lr 1e-02's" in char_transformer.conclusion([right, run(1e-2, 1.0, 100.0)])
+    assert "same run's: lr 1e-03" in char_transformer.conclusion([right, run(1e-2, math.nan, 100.0)])
+    assert "Not every gauge was ready" in char_transformer.conclusion([right, run(1e-2, 3.0, 100.0, ready=False)])
+    assert "Not every gauge was ready" in char_transformer.conclusion([right, run(1e-2, 3.0, None)])
 
 
 # --- the plane -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 from tuning.scripted import SPACE, Scripted, linear, retune
 
 from grgauge import AdamW, Config, Policy, Stop, TrainingError, tune
-from grgauge.cli.demo import CONTEXT, CharTransformer, Text
+from grgauge.cli.char_transformer import CONTEXT, CharTransformer, Text
 from grgauge.policy import Evidence
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..policy import Target
 from ..reading import Reading
-from .demo import Run, Text, train
+from .char_transformer import Run, Text, train
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -45,20 +45,20 @@ def run(options: argparse.Namespace) -> int:
 
     from ...policy import Target
     from ...policy.watch import WINDOW
-    from .. import demo, progress
+    from .. import char_transformer, progress
 
     # The model is too small for several threads: they would mostly wait for each other, and for long on a busy machine.
     # One thread also gives the same numbers on any number of cores.
     torch.set_num_threads(1)
-    text = demo.Text.manual()
-    runs = [demo.Run(lr, options.steps) for lr in demo.LEARNING_RATES]
+    text = char_transformer.Text.manual()
+    runs = [char_transformer.Run(lr, options.steps) for lr in char_transformer.LEARNING_RATES]
     started = time.perf_counter()
     if options.json:
         progress.train_quietly(runs, text, options.seed)
     else:
-        print(demo.INTRODUCTION, flush=True)
+        print(char_transformer.INTRODUCTION, flush=True)
         (progress.train_live if live else progress.train_in_lines)(runs, text, options.seed)
-        print(demo.conclusion(runs))
+        print(char_transformer.conclusion(runs))
     seconds = time.perf_counter() - started
     if out is not None:
         from .. import plot

@@ -18,15 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show them; whether the device trained on here has a native backend is the exit code."""
-    from .. import doctor
+    from .. import installation
 
-    facts = doctor.examine()
+    facts = installation.examine()
     if options.json:
         console.print_json(facts)
     elif console.on_terminal() and console.installed("rich"):
         _print_table(facts)
     else:
-        for section, name, value in doctor.lines(facts):
+        for section, name, value in installation.lines(facts):
             print(f"{section:9} {name:16} {value}")
         print(facts["conclusion"])
     return 0 if facts["ok"] else 1
@@ -37,11 +37,11 @@ def _print_table(facts: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .. import doctor
+    from .. import installation
 
     table = Table.grid(padding=(0, 2))
     previous = ""
-    for section, name, value in doctor.lines(facts):
+    for section, name, value in installation.lines(facts):
         state = {"works": "green"}.get(value, "yellow" if value.startswith(("missing", "not installed")) else "")
         table.add_row(Text(section if section != previous else "", style="bold"), name, Text(value, style=state))
         previous = section

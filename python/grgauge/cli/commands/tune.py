@@ -195,7 +195,7 @@ def _demo_training(trial: Trial) -> None:
     from torch.utils.data import TensorDataset
 
     from ...optim import AdamW
-    from ..demo import CONTEXT, CharTransformer, Text
+    from ..char_transformer import CONTEXT, CharTransformer, Text
 
     torch.set_num_threads(1)  # as the command demo does
     text = Text.manual()
