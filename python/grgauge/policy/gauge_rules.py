@@ -98,7 +98,8 @@ def _against_untrained(moves: Moves, hidden: bool, evidence: Evidence) -> Probe 
 def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe | None:
     """A probe of a higher or a lower learning rate, if it is time for one and there is room."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
-    usual = abs(math.log(old.lr / limits.usual_lr)) < 0.5 * math.log(RULES.probe_factor)
+    near = abs(math.log(old.lr / limits.usual_lr)) < 0.5 * math.log(RULES.probe_factor)
+    usual = near or (s.climbed and old.lr > limits.usual_lr)
     good = usual and s.aligned < RULES.readings
     begun = s.steps >= RULES.probe_steps * (RULES.probe_usual if good else 1.0)
     due = begun and course.age >= RULES.settled_steps and course.samples >= s.next_probe
