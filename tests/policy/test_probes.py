@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from policy.healthy import CONFIG, READING
+from policy.healthy import CONFIG, READING, watch
 
 from grgauge import Config, Continue, Evidence, Policy, Retune
 from grgauge.policy import Probe
@@ -39,6 +39,17 @@ def test_at_a_usual_learning_rate_the_first_one_waits():
     usual = Policy(lr_bounds=(CONFIG.lr / 10 ** (5 * 4 / 9), CONFIG.lr * 10 ** (5 * 5 / 9)))
     _, step = hidden(usual, 5, 1005)
     assert step == 600
+
+
+@pytest.mark.parametrize(("times", "steps"), [(0.05, 80), (0.5, 600)])
+def test_a_learning_rate_that_was_raised_beyond_the_usual_one_is_given_time(times, steps):
+    """GR_T raises it four times; what is beyond then is compared with a higher one as late as the usual one is."""
+    policy = Policy()
+    start = Config(times * policy.usual_lr, 32)
+    raised = watch(policy, start, gr_t=2.0, losses=[3.0] * 20, first=55).config
+    assert raised.lr == pytest.approx(4.0 * start.lr)
+    _, step = hidden(policy, 65, 1005, raised)
+    assert step == pytest.approx(steps, abs=20)
 
 
 @pytest.mark.parametrize(("gr_t", "first"), [(14.0, 60), (18.0, 600)])

@@ -86,7 +86,8 @@ class Rules:
     # a probe: of two learning rates on the same batches, where GR_S is so high that GR_T says little of either
     probe_gr_s: float = 0.8
     probe_steps: int = 60  # before one, and of each side: with half as many two tasks of three were lost, ...
-    probe_usual: float = 10.0  # times as many first at a usual learning rate: most are good, so it may cost a tenth
+    probe_usual: float = 10.0  # times as many first at a usual learning rate: most are good, so it may cost a tenth;
+    # and where one was raised beyond: an early comparison asks for one raise too many, a later one does not
     probe_signal: float = 8.0  # ... but not where GR_T without noise, `signal_of`, is below that by its interval, in
     # `readings` in a row: of the public table's early ones at LR 1.7e-3 one in two hundred is, at a tenth six in ten
     probe_share: float = 0.15  # ... but at least that share of all steps so far
