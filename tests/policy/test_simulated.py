@@ -52,7 +52,7 @@ def test_a_a_batch_far_too_large_is_left_after_one_reading(seed):
     assert first.config.batch_size <= 128
     assert first.config.lr == pytest.approx(1e-5 * math.sqrt(first.config.batch_size / 512))
     assert run.reached
-    assert run.cost < 2.2 * ideal_cost(World(mu=20.0), 2.0)
+    assert run.cost < 2.4 * ideal_cost(World(mu=20.0), 2.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,9 +98,11 @@ def journeys() -> tuple[tuple[World, Config, Outcome, float], ...]:
 
 
 def test_nearly_every_start_arrives_at_little_more_than_the_cost_of_an_ideal_run():
+    """High starts pay for a comparison with untrained weights, and raised ones wait: of no use here, where weights do not
+    stay damaged and a higher learning rate is as good later as it looks at first."""
     ratios = sorted(run.cost / ideal if run.reached else math.inf for _, _, run, ideal in journeys())
     assert ratios[len(ratios) // 2] < 1.0
-    assert ratios[int(0.9 * len(ratios))] < 1.5
+    assert ratios[int(0.9 * len(ratios))] < 1.7
     assert ratios[int(0.98 * len(ratios))] < 2.5
 
 
