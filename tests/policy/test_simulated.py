@@ -98,7 +98,7 @@ def journeys() -> tuple[tuple[World, Config, Outcome, float], ...]:
 
 
 def test_nearly_every_start_arrives_at_little_more_than_the_cost_of_an_ideal_run():
-    """High starts pay for a comparison with untrained weights, and raised ones wait: of no use here, where weights do not
+    """High starts pay for a comparison with untrained weights, and raised ones wait: of no use here, where no weights
     stay damaged and a higher learning rate is as good later as it looks at first."""
     ratios = sorted(run.cost / ideal if run.reached else math.inf for _, _, run, ideal in journeys())
     assert ratios[len(ratios) // 2] < 1.0
