@@ -83,8 +83,7 @@ def rising(moves: Moves) -> Decision | None:
     now, lowest, untrained = losses.level(blocks, start), losses.lowest(blocks, start), losses.untrained()
     if now is None or lowest is None or untrained is None:
         return None
-    margin = RULES.rising_errors * losses.error(blocks)
-    margin += max(RULES.rising * abs(lowest), RULES.learned * abs(untrained))
+    margin = RULES.rising_errors * losses.error(blocks) + RULES.rising * max(abs(lowest), abs(untrained))
     if now <= lowest + margin:
         return None
     old = s.course.now
