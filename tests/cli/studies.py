@@ -75,7 +75,7 @@ def typical(path):
         path,
         [
             segment(0, lr=1e-4, batch=256, gr_t=1.5, gr_s=0.2),
-            segment(1, lr=1e-3, parent=0),
+            segment(1, lr=1e-3, parent=0, probes=1),
             segment(2, "FAIL", lr=5e-2, parent=1, gr_t=90.0, reason="rolled back", error="loss is nan"),
             segment(3, lr=8e-3, gr_t=35.0),
             segment(4, "COMPLETE", lr=4e-3, batch=48, parent=1, gr_t=19.5, gr_s=0.58, reason="in the zone"),

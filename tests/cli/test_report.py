@@ -40,9 +40,15 @@ def test_a_typical_page_says_it_all(pages):
         "retune · too low: GR T 8 in [7.1, 9.2]",
         "healthy 18 to 22",
         "from 1",
+        "While two learning rates are compared nothing is drawn.",
     ):
         assert expected in said
     assert all(landmark in said for landmark in ("1 agree", "19 noise", "361 bounce"))
+
+
+def test_a_page_without_a_comparison_does_not_speak_of_one(tmp_path):
+    one = stored(tmp_path / "one.db", [segment(0, "COMPLETE", notes=["a probe was refused"])])
+    assert "are compared" not in words(report.write(one, tmp_path / "one.html"))
 
 
 def test_pictures_hold_a_mark_a_bar_and_curves_for_each_trial(pages):

@@ -163,6 +163,7 @@ def test_the_study_knows_of_it(regression, go):
     assert [record.lr for record in result.trials] == [1e-3, pytest.approx(3e-3)]
     assert result.used == 4096
     assert sum(record.samples for record in result.trials) == 4096
+    assert [record.probes for record in result.trials] == [1, 0]
 
 
 def test_after_an_error_in_a_probe_the_same_call_makes_it_anew(regression, go):

@@ -113,7 +113,7 @@ def _body(study: Study) -> str:
     link = charts.tag("li", charts.tag("i", class_="swatch link"), "inherited weights") if heirs else ""
     lines = charts.tag("ul", legend, class_="legend column")
     aside = charts.tag("div", "<h3>Lines of weights</h3>", lines, ARROWS, class_="aside")
-    compared = any(" probe" in words for trial in study.trials for words in (trial.evidence, *trial.notes))
+    compared = any(trial.compared for trial in study.trials)
     sections = [
         _section(
             "Where the gauges went",

@@ -64,6 +64,7 @@ class Trial:
     samples   samples that the trial itself has used
     evidence  the rule that ended it, and the number that the rule used
     notes     what happened on the way, one line each
+    compared  whether two learning rates were compared on the way
     losses    (samples, loss), samples as in `Point`
     """
 
@@ -80,6 +81,7 @@ class Trial:
     reason: str = UNKNOWN
     evidence: str = ""
     notes: Sequence[str] = ()
+    compared: bool = False
     readings: Sequence[Point] = ()
     losses: Sequence[tuple[float, float]] = ()
 
@@ -308,6 +310,7 @@ def _trial(frozen: FrozenTrial, start: float) -> Trial:
         reason=": ".join(dict.fromkeys(filter(None, ends))) or UNKNOWN,
         evidence=_evidence(_mapping(said.get("decision"))),
         notes=[_words(note) for note in _list(said.get("notes"))],
+        compared=_number(said.get("probes")) > 0.0,
         readings=[point for point in readings if point.samples >= 0.0],
         losses=[(samples, loss) for samples, loss in losses if samples >= 0.0],
     )

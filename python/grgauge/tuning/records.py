@@ -34,6 +34,7 @@ class TrialRecord:
         losses: [samples, mean loss since the point before] each; `samples` here and in readings are the study's total
             then, counted from where `start_samples` is.
         notes: what happened on the way, in words.
+        probes: comparisons of two learning rates that were made on the way.
         reason: why it ended, in words.
         decision: {"kind": "continue" | "retune" | "stop" | "fail", "rule": name, "evidence": {...}}.
         state: of Optuna's trial, None while it runs.
@@ -61,6 +62,7 @@ class TrialRecord:
     readings: list[dict[str, Any]] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    probes: int = 0
     reason: str = ""
     decision: dict[str, Any] = field(default_factory=dict)
     state: str | None = None

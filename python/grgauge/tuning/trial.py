@@ -258,6 +258,7 @@ class Trial(View):
         """What follows from a probe, after so many samples on which averages were compared."""
         self.used += compared
         self.record.samples += compared
+        self.record.probes += 1
         if isinstance(decision, Retune):
             self._retune(decision)
         else:
