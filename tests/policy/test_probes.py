@@ -35,6 +35,14 @@ def test_the_first_probe_goes_up():
     assert factor(probe) == pytest.approx(UP)
 
 
+@pytest.mark.parametrize(("times", "wanted"), [(0.1, 0.3), (0.3, 0.9), (0.5, 1.0)])
+def test_from_below_a_probe_goes_no_further_than_the_usual_learning_rate(times, wanted):
+    """In units of it."""
+    policy = Policy()
+    probe, _ = hidden(policy, 5, 105, Config(times * policy.usual_lr, 64))
+    assert probe.configs[1].lr == pytest.approx(wanted * policy.usual_lr)
+
+
 def test_at_a_usual_learning_rate_the_first_one_waits():
     usual = Policy(lr_bounds=(CONFIG.lr / 10 ** (5 * 4 / 9), CONFIG.lr * 10 ** (5 * 5 / 9)))
     _, step = hidden(usual, 5, 1005)

@@ -105,7 +105,8 @@ def _asked(moves: Moves, down: bool, reason: str, evidence: Evidence) -> Probe |
     due = begun and course.age >= RULES.settled_steps and course.samples >= s.next_probe
     if not due or course.moves >= limits.max_moves or s.losses.first is None:
         return None
-    higher = moves.below(RULES.probe_factor * old.lr, old.batch_size)
+    first = limits.usual_lr if old.lr < limits.usual_lr and not near else math.inf  # from below, the usual one first
+    higher = moves.below(min(RULES.probe_factor * old.lr, first), old.batch_size)
     down = down or higher < RULES.least_raise * old.lr
     to = limits.fit(old, old.lr / RULES.probe_factor if down else higher, old.batch_size)
     if max(to.lr / old.lr, old.lr / to.lr) < RULES.least_raise:
