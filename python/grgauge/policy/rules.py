@@ -92,9 +92,7 @@ class Rules:
     # `readings` in a row: of the public table's early ones at LR 1.7e-3 one in two hundred is, at a tenth six in ten
     probe_share: float = 0.15  # ... but at least that share of all steps so far
     probe_factor: float = 3.0  # between the two
-    untrained_again: float = (
-        10.0  # times the usual learning rate: from there untrained weights are asked more than once
-    )
+    untrained_again: float = 10.0  # times the usual learning rate: from there on untrained weights get a second chance
     probe_better: float = 0.02  # share of the loss, beside its error, by which the higher must be better
     probe_edge: float = 0.2  # share of the loss by which the higher is worse: a lower one is tried at once
     probe_again: float = 9.0  # times the samples so far, until the next one, where one has found nothing better
