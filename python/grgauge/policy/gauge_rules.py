@@ -85,9 +85,10 @@ def _against_untrained(moves: Moves, hidden: bool, evidence: Evidence) -> Probe 
     that were too high leave weights that no lower learning rate mends, and no gauge shows. Later only where noise hides
     the learning rate."""
     s, course, old, limits = moves.state, moves.state.course, moves.state.course.now, moves.settings
-    least = (1.0 + RULES.same_lr) if s.next_untrained == 0.0 else RULES.untrained_again
+    again = s.next_untrained > 0.0
+    least = RULES.untrained_again if again else 1.0 + RULES.same_lr
     far = s.begun[-1].lr > RULES.probe_factor * limits.usual_lr and old.lr > least * limits.usual_lr
-    due = s.steps >= RULES.probe_steps and course.samples >= s.next_untrained and (hidden or s.next_untrained == 0.0)
+    due = s.steps >= RULES.probe_steps and course.samples >= s.next_untrained and (hidden or not again)
     if not (far and due) or course.moves >= limits.max_moves or s.losses.first is None:
         return None
     to = limits.fit(old, limits.usual_lr, old.batch_size)

@@ -75,8 +75,7 @@ class Autopilot(View):
         self.budget, self.used, self.decisions = budget, 0, list[Retune | Stop]()
         self._print = print
         self._loop.watch(model, optimizer, *others)
-        self._loop.keep_untrained()
-        self._saved = serialize(self._loop.state())
+        self._saved = self._loop.keep_untrained()
 
     def batches(self, data: Data) -> Iterator[Any]:
         """As `Trial.batches`."""

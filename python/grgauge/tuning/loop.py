@@ -474,10 +474,11 @@ class Loop:
 
     # --- its state ----------------------------------------------------------------------------------------------------
 
-    def keep_untrained(self) -> None:
-        """The state at hand is that of untrained weights."""
+    def keep_untrained(self) -> bytes:
+        """The state at hand, as that of untrained weights to come back to."""
         self.samples = self.steps = 0
         self._untrained = serialize(self._state())
+        return self._untrained
 
     def restore_untrained(self) -> None:
         self.restore(deserialize(self._untrained))
